@@ -1,0 +1,30 @@
+"""The command line: python -m depthlm_jax <command> --config=… --workdir=…"""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "fine-tune on a mesh, from a Hugging Face folder or from random weights; continues by itself",
+    "evaluate": "greedy answers on an evaluation set: metrics, predictions, pictures",
+    "export": "checkpoint (or Hugging Face folder) → Hugging Face folder that PyTorch loads",
+    "verify": "a Hugging Face folder in PyTorch and in JAX, side by side",
+    "preview": "training samples exactly as the model sees them, as one picture",
+    "curate": "a data set → records on disk",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status: 0 done, 1 a named error, 2 wrong usage."""
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        lines = [f"  {command:10} {text}" for command, text in COMMANDS.items()]
+        print("\n".join(["usage: python -m depthlm_jax <command> [--help] [--flag=value …]", "", *lines]))
+        if name in ("", "--help", "-h"):
+            return 0
+        print(f"\nunknown command {name!r}", file=sys.stderr)
+        return 2
+    return importlib.import_module("depthlm_jax.cli.command").run(name, COMMANDS[name], arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

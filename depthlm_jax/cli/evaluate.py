@@ -1,0 +1,41 @@
+"""evaluate: greedy answers on an evaluation set."""
+
+from pathlib import Path
+
+from absl import flags
+
+from depthlm_jax import log
+from depthlm_jax import run as runs
+from depthlm_jax.cli import command
+from depthlm_jax.eval import evaluate, report
+
+COLUMNS = ["delta1", "delta2", "delta3", "abs_rel", "rmse", "parse_failure_rate", "n"]
+SHEET = 24  # pictures
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    command.define_config(values)
+    command.define_path(values, "workdir", "folder of the run whose latest checkpoint answers")
+    command.define_path(values, "output", "folder for metrics.json, predictions.jsonl and pictures")
+
+
+def run(values: flags.FlagValues) -> dict:
+    config, workdir = command.read_config(values), command.read_path(values, "workdir")
+    output = Path(values.output or workdir / "evaluation")
+    this = runs.open_run(config, workdir, create=False)
+    runs.make_writable(output)
+    step, parameters = runs.trained_parameters(this)
+    result = evaluate.evaluate(this, parameters)
+    scores = evaluate.save(result, step, output)
+    report.answer_sheet(result.examples[:SHEET], result.answers_m[:SHEET], result.texts[:SHEET], output / "answers.png")
+    report.scatter(result.truth_m, result.answers_m, output / "scatter.png")
+    constant = scores["best_constant"]
+    log.say(
+        report.table(
+            [(f"model, step {step}", scores["model"]), (f"best constant, {constant['answer_m']:.2f} m", constant)],
+            COLUMNS,
+        )
+    )
+    log.say(f"δ1 is {scores['model']['delta1'] / constant['delta1']:.2f} × the best constant answer's")
+    log.say(f"excluded points: {result.excluded} · questions not asked: {result.short} · pictures and files: {output}")
+    return scores

@@ -1,0 +1,38 @@
+"""train: fine-tune, continuing where the workdir stopped."""
+
+import jax
+from absl import flags
+
+from depthlm_jax import log, tree
+from depthlm_jax import run as runs
+from depthlm_jax.cli import command
+from depthlm_jax.data import pipeline
+from depthlm_jax.data.records import open_source
+from depthlm_jax.eval import report
+from depthlm_jax.train import loop
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    command.define_config(values)
+    command.define_path(values, "workdir", "folder of the run; an existing run is continued")
+    flags.DEFINE_bool("distributed", False, "several hosts: connect them first (TPU slice, SLURM)", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> dict:
+    config, workdir = command.read_config(values), command.read_path(values, "workdir")
+    if values.distributed:
+        jax.distributed.initialize()
+    records = open_source(config.data.train)
+    this = runs.open_run(config, workdir, create=True)
+    batches = pipeline.training_batches(records, this.processor, config, jax.process_index(), jax.process_count())
+    log.say(
+        f"{tree.count(this.network.abstract):,} parameters · mesh {dict(this.mesh.shape)} on {len(jax.devices())} "
+        f"{jax.devices()[0].platform} · {len(records):,} records"
+    )
+    trainer = loop.make_trainer(this.network, config, this.mesh)
+    state = loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this))
+    journal = log.Journal(workdir).read()
+    if jax.process_index() == 0:
+        report.loss_curve(journal, workdir / "loss.png")
+        log.say(f"loss curve: {workdir / 'loss.png'}")
+    return {"step": int(state.step), "loss": journal[-1]["loss"], "workdir": str(workdir)}

@@ -1,0 +1,225 @@
+"""The typed sections behind every recipe: the only place where a default stands.
+
+A recipe is an `ml_collections.ConfigDict` that starts from `default_config()`. `parse` reads it once into frozen
+dataclasses and rejects what it does not know, naming the nearest field.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from pathlib import Path
+
+import ml_collections
+
+from depthlm_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    family: str = "qwen2_5_vl"
+    hf_dir: str = ""  # Hugging Face folder with weights, config, tokenizer
+    random_weights: bool = False  # where hf_dir is empty: start from nothing, with the sizes in hf_config
+    hf_config: dict = dataclasses.field(default_factory=dict)  # content of config.json
+    compute_dtype: str = "bfloat16"
+    remat: bool = True  # recompute each block in the backward pass
+    seed: int = 0  # of random weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    path: str = ""  # a .jsonl file, or the folder of a TFDS data set
+    split: str = "train"  # TFDS split, slices allowed; not used by JSONL
+    image_root: str = ""  # JSONL image paths start here; empty: the folder of the .jsonl
+    depth_kind: str = "z"  # of records that do not say: z (along the principal axis) or ray (Euclidean)
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    mode: str = "corrected"  # or official: the release's geometry, bit for bit
+    focal_px: float = 1000.0  # every image is resized to this focal length; 0: no resize but to the patch grid
+    crop_width: tuple[int, int] = (1000, 1400)  # px after the resize, drawn uniformly in training; (0, 0): no crop
+    crop_height: tuple[int, int] = (700, 1200)
+    crop_position: str = "random"  # or centred
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: Source = Source()
+    geometry: Geometry = Geometry()
+    label_kind: str = "z"  # what the answer says: z, ray, or record (as the record says, mixed)
+    marker_scale: int = 1  # side in px of each of the arrow's nine squares
+    global_batch_rows: int = 128  # rows of one optimizer step, over all hosts and micro-batches
+    samples_per_row: int = 1
+    max_tokens: int = 2560  # T: token slots of a row
+    max_patches: int = 9216  # P: patch slots of a row, padding of edge windows included
+    max_answer_tokens: int = 48  # A: supervised positions of a row
+    max_bad_records: int = 0  # unreadable records are skipped and logged up to this number, then training stops
+    read_threads: int = 16
+    prefetch_rows: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    learning_rate: float = 1e-5
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    max_steps: int = 1000
+    gradient_accumulation_steps: int = 1
+    loss_on: str = "answer"  # or official: every text token, the prompt's too
+    digit_weight: float = 1.0  # weight of the answer's digits in the loss
+    seed: int = 0  # of data order, crops and query points
+    save_steps: int = 500
+    logging_steps: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    source: Source = Source()
+    samples: int = 512  # (image, point) pairs, spread evenly over the images
+    batch_rows: int = 16
+    max_new_tokens: int = 64
+    seed: int = 42
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int = -1  # -1: all devices that the other axes leave
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    train: Train = Train()
+    eval: Eval = Eval()
+    mesh: Mesh = Mesh()
+
+
+CHOICES = {
+    "model.compute_dtype": ("bfloat16", "float32"),
+    "data.train.depth_kind": ("z", "ray"),
+    "eval.source.depth_kind": ("z", "ray"),
+    "data.geometry.mode": ("corrected", "official"),
+    "data.geometry.crop_position": ("random", "centred"),
+    "data.label_kind": ("z", "ray", "record"),
+    "train.loss_on": ("answer", "official"),
+}
+# What may differ between a workdir and the run that continues it: it changes speed or reporting, not the result.
+FREE_TO_CHANGE = (
+    "mesh", "eval", "train.save_steps", "train.logging_steps", "data.read_threads", "data.prefetch_rows",
+)  # fmt: skip
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Returns a recipe with every field at its default, to be changed by `get_config`."""
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    config.model.hf_config = ml_collections.ConfigDict()
+    return config
+
+
+def parse(recipe: ml_collections.ConfigDict) -> Config:
+    """Returns the frozen sections of a recipe.
+
+    Raises:
+      InputError: an unknown or missing field, a value of the wrong type or outside its choices; each named by path.
+    """
+    return _parse_section(Config, recipe.to_dict(), "")
+
+
+def _parse_section(section: type, values: dict, path: str):
+    known = {field.name: field.type for field in dataclasses.fields(section)}
+    for name in values:
+        if name not in known:
+            raise unknown_key(f"{path}{name}", [f"{path}{other}" for other in known])
+    missing = sorted(known.keys() - values.keys())
+    if missing:
+        raise InputError(
+            f"config: {path}{missing[0]} is missing", found=f"fields {sorted(values)}", expected=sorted(known),
+            fix="start the recipe from depthlm_jax.config.default_config()",
+        )  # fmt: skip
+    hints = typing.get_type_hints(section)
+    return section(**{name: _parse_value(hints[name], value, f"{path}{name}") for name, value in values.items()})
+
+
+def _parse_value(kind, value, path: str):
+    if dataclasses.is_dataclass(kind):
+        return _parse_section(kind, value, f"{path}.")
+    if kind is dict:
+        return dict(value)
+    if typing.get_origin(kind) is tuple:
+        pair_fits = isinstance(value, (tuple, list)) and len(value) == 2 and 0 <= value[0] <= value[1]
+        if not pair_fits:
+            raise _bad_value(path, value, "two numbers (smallest, largest), 0 ≤ smallest ≤ largest")
+        return tuple(int(v) for v in value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise _bad_value(path, f"{value!r} of type {type(value).__name__}", kind.__name__)
+    if path in CHOICES and value not in CHOICES[path]:
+        raise _bad_value(path, repr(value), " or ".join(CHOICES[path]))
+    return value
+
+
+def unknown_key(path: str, known: list[str]) -> InputError:
+    """Returns the error for a config path that no section has, with the nearest one that exists."""
+    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
+    return InputError(
+        f"config: unknown field {path!r}", found=path, expected=f"one of {sorted(known)}",
+        fix=f"did you mean {nearest[0]!r}?",
+    )  # fmt: skip
+
+
+def _bad_value(path: str, found: object, expected: str) -> InputError:
+    return InputError(f"config: bad value of {path}", found=found, expected=expected, fix=f"set --config.{path}=…")
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """Returns {'train.seed': 0, …}: one entry a leaf."""
+    leaves = {}
+
+    def walk(node: object, path: str):
+        if isinstance(node, dict):
+            for name, value in node.items():
+                walk(value, f"{path}.{name}" if path else name)
+        else:
+            leaves[path] = list(node) if isinstance(node, tuple) else node
+
+    walk(dataclasses.asdict(config), "")
+    return leaves
+
+
+def save(config: Config, file: Path) -> None:
+    """Writes the config as JSON."""
+    file.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def load(file: Path) -> Config:
+    """Returns the config that `save` wrote."""
+    return _parse_section(Config, json.loads(file.read_text()), "")
+
+
+def check_same_run(saved: Config, current: Config, where: str) -> None:
+    """Raises InputError, naming each difference, if `current` cannot continue the run of `saved`."""
+    before, now = flatten(saved), flatten(current)
+    differences = [
+        f"{path}: {before.get(path)!r} there, {now.get(path)!r} here"
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path) and not path.startswith(FREE_TO_CHANGE)
+    ]
+    if differences:
+        raise InputError(
+            f"{where} holds a run of another config", found="; ".join(differences), expected="the same values",
+            fix="give a new --workdir, or the config that this one was started with",
+        )  # fmt: skip

@@ -1,0 +1,17 @@
+"""The evaluation order of the DepthLM release, for numbers that are comparable with it."""
+
+import random
+
+
+def official_eval_indices(count: int, points_per_image: int, seed: int = 42) -> list[int]:
+    """Returns the point index of each evaluation sample; sample i looks at image i modulo the number of images.
+
+    Args:
+      count: samples; the release draws images × points_per_image of them.
+      points_per_image: of the first record.
+      seed: of Python's own generator, whose numbers do not change between Python versions.
+
+    Source: the release draws each index with `random.sample`, one call a sample.
+    """
+    rng = random.Random(seed)
+    return [rng.sample(range(points_per_image), 1)[0] for _ in range(count)]

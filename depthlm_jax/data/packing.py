@@ -1,0 +1,81 @@
+"""Samples → rows of fixed sizes. Samples are whole: nothing is cut."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from depthlm_jax.batch import FIELDS, FILL, RowShape, Sample
+from depthlm_jax.errors import InputError
+
+LIMITS = {"tokens": "data.max_tokens", "patches": "data.max_patches", "answers": "data.max_answer_tokens"}
+
+
+def pack(samples: Sequence[Sample], shape: RowShape, merged: int, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Returns one row of the batch contract (no B axis yet): the samples one after another, then padding.
+
+    Args:
+      samples: whole samples, possibly none.
+      shape: sizes of the row.
+      merged: patch slots that make one merged patch.
+      names: of the samples, for the error.
+
+    Raises:
+      InputError: the samples together are larger than the row; says by how much and which field to raise.
+    """
+    _check_fits(samples, shape, names)
+    offsets = _offsets(samples, merged)
+    parts = [
+        _fields(sample, number, *offset)
+        for number, (sample, offset) in enumerate(zip(samples, offsets, strict=True), 1)
+    ]
+    return {field: _fill(field, [part[field] for part in parts], shape.of(field, 1)[1:]) for field in FIELDS}
+
+
+def stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns the rows as one batch, B first."""
+    return {field: np.stack([row[field] for row in rows]) for field in FIELDS}
+
+
+def _offsets(samples: Sequence[Sample], merged: int) -> list[tuple[int, int, int]]:
+    """Returns the first token, the first merged patch and the number of images before each sample."""
+    sizes = [(len(s.tokens_T), len(s.patches_PC) // merged, s.image_id_P.max(initial=0)) for s in samples]
+    return [tuple(int(n) for n in before) for before in np.cumsum([(0, 0, 0), *sizes], axis=0)[:-1]]
+
+
+def _fields(sample: Sample, number: int, token: int, patch: int, image: int) -> dict[str, np.ndarray]:
+    shifted = {
+        "segments": np.full(len(sample.tokens_T), number),
+        "vision_index": np.where(sample.vision_index_T < 0, -1, sample.vision_index_T + patch),
+        "answer_index": sample.answer_index_A + token,
+        "image_id": np.where(sample.image_id_P > 0, sample.image_id_P + image, 0),
+    }
+    same = {
+        "tokens": sample.tokens_T, "positions": sample.positions_TZ, "targets": sample.targets_A,
+        "weights": sample.weights_A, "patches": sample.patches_PC, "patch_rc": sample.patch_rc_P2,
+    }  # fmt: skip
+    by_name = shifted | same
+    return {field: by_name[field.rsplit("_", 1)[0]] for field in FIELDS}
+
+
+def _fill(field: str, parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    row = np.full(shape, FILL.get(field, 0), FIELDS[field])
+    if parts:
+        values = np.concatenate(parts)
+        row[: len(values)] = values
+    return row
+
+
+def _check_fits(samples: Sequence[Sample], shape: RowShape, names: Sequence[str]) -> None:
+    sizes = {
+        "tokens": [len(s.tokens_T) for s in samples],
+        "patches": [len(s.patches_PC) for s in samples],
+        "answers": [len(s.targets_A) for s in samples],
+    }
+    limits = {"tokens": shape.tokens, "patches": shape.patches, "answers": shape.answers}
+    for kind, each in sizes.items():
+        if sum(each) > limits[kind]:
+            raise InputError(
+                f"samples do not fit into a row: {', '.join(names) or len(samples)}",
+                found=f"{sum(each)} {kind} ({' + '.join(map(str, each))})", expected=f"at most {limits[kind]}",
+                fix=f"raise --config.{LIMITS[kind]}, or lower data.samples_per_row or the crop sizes",
+            )  # fmt: skip

@@ -1,0 +1,111 @@
+"""What the model families share."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, computed in float32. Source: Zhang & Sennrich 2019."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x_D: jax.Array) -> jax.Array:
+        x32_D = x_D.astype(jnp.float32)
+        normed_D = x32_D * jax.lax.rsqrt(jnp.mean(x32_D * x32_D, axis=-1, keepdims=True) + self.eps)
+        return (normed_D * self.scale[...].astype(jnp.float32)).astype(x_D.dtype)
+
+
+class GatedMlp(nnx.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, width: int, inner: int, *, use_bias: bool, linear: Callable):
+        self.gate_proj = linear(width, inner, use_bias=use_bias)
+        self.up_proj = linear(width, inner, use_bias=use_bias)
+        self.down_proj = linear(inner, width, use_bias=use_bias)
+
+    def __call__(self, x_D: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
+
+
+def rope_frequencies(width: int, theta: float) -> jax.Array:
+    """Returns the width / 2 angular frequencies theta^(−2i / width), float32."""
+    return 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+
+
+Turn = tuple[jax.Array, jax.Array]  # cosine and sine of the rotary angles, [B, T, K / 2], float32
+
+
+def rope_turn(angles_BTk: jax.Array) -> Turn:
+    """Returns cosine and sine, once for all layers."""
+    return jnp.cos(angles_BTk), jnp.sin(angles_BTk)
+
+
+def rotate(x_BTNK: jax.Array, turn: Turn) -> jax.Array:
+    """Returns x with its K / 2 pairs (i, i + K / 2) turned, computed in float32 (HF's rotate_half form)."""
+    cos_BT1k, sin_BT1k = (part[:, :, None] for part in turn)
+    low, high = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([low * cos_BT1k - high * sin_BT1k, high * cos_BT1k + low * sin_BT1k], axis=-1)
+    return turned.astype(x_BTNK.dtype)
+
+
+def attention(q_BTNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Returns softmax(q·k / √K) v where the mask is true, softmax in float32; fewer key heads are shared (GQA)."""
+    return jax.nn.dot_product_attention(q_BTNK, k_BSNK, v_BSNK, mask=mask_BTS[:, None], implementation="xla")
+
+
+def same_segment(queries_BT: jax.Array, keys_BS: jax.Array) -> jax.Array:
+    """Returns mask_BTS: true where query and key carry the same id."""
+    return queries_BT[:, :, None] == keys_BS[:, None, :]
+
+
+def scan_layers(layers: nnx.Module, step: Callable, carry, kinds: Sequence = (None,), *, per_layer=None, remat: bool):
+    """Returns (carry, outputs) of `step(layer, carry, kind, x) -> (carry, output)` over stacked layers.
+
+    The layers are scanned by the shortest group in which `kinds` repeats; inside a group, each run of equal kinds is
+    a scan of its own. So the program's size depends on the pattern, not on the depth.
+
+    Args:
+      layers: a module whose parameters carry a leading L axis.
+      kinds: a static tag for each layer; length L, or 1 when all are alike.
+      per_layer: a pytree with leading L axis whose slices are `x`, or None.
+      remat: recompute a layer in the backward pass instead of keeping what it computed.
+    """
+    graph, state = nnx.split(layers)
+    depth = jax.tree.leaves(state)[0].shape[0]
+    kinds = list(kinds) * (depth // len(kinds))
+    period = next(p for p in range(1, depth + 1) if depth % p == 0 and kinds == kinds[:p] * (depth // p))
+    runs = runs_of(kinds[:period])
+
+    def run_layer(carry, x, kind):
+        return step(nnx.merge(graph, x[0]), carry, kind, x[1])
+
+    if remat:
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False, static_argnums=2)
+
+    def run_group(carry, xs):
+        outputs = []
+        for kind, start, stop in runs:
+            part = jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], xs)
+            carry, output = jax.lax.scan(lambda c, x, kind=kind: run_layer(c, x, kind), carry, part)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+    grouped = jax.tree.map(lambda a: a.reshape(depth // period, period, *a.shape[1:]), (state, per_layer))
+    carry, outputs = jax.lax.scan(run_group, carry, grouped)
+    return carry, jax.tree.map(lambda a: a.reshape(depth, *a.shape[2:]), outputs)
+
+
+def runs_of(kinds: Sequence) -> list[tuple[object, int, int]]:
+    """Returns (kind, start, stop) of each run of equal neighbours: 'aab' → ('a', 0, 2), ('b', 2, 3)."""
+    starts = [i for i in range(len(kinds)) if i == 0 or kinds[i] != kinds[i - 1]]
+    return [(kinds[i], i, j) for i, j in zip(starts, [*starts[1:], len(kinds)], strict=True)]
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Returns `depth` differently initialised modules as one, parameters stacked on a leading L axis."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=depth))

@@ -1,0 +1,171 @@
+"""Sizes of a Qwen2.5-VL, read from the files of a Hugging Face folder."""
+
+import dataclasses
+
+from depthlm_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Vision:
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    patch_size: int
+    spatial_merge_size: int
+    temporal_patch_size: int
+    window_size: int
+    fullatt_block_indexes: tuple[int, ...]
+    in_channels: int = 3
+
+    @property
+    def window_merged(self) -> int:
+        """Side of an attention window in merged patches."""
+        return self.window_size // self.spatial_merge_size // self.patch_size
+
+    @property
+    def window_patches(self) -> int:
+        """Patch slots of an attention window."""
+        return (self.window_merged * self.spatial_merge_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen25VLConfig:
+    vision: Vision
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    tie_word_embeddings: bool
+    image_token_id: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    min_pixels: int
+    max_pixels: int
+    initializer_range: float = 0.02
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid_px(self) -> int:
+        """Image sides are multiples of this."""
+        return self.vision.patch_size * self.vision.spatial_merge_size
+
+    @property
+    def channels(self) -> int:
+        """Size of C."""
+        return self.vision.in_channels * self.vision.patch_size**2
+
+    @property
+    def patch_slot_unit(self) -> int:
+        """P is a multiple of this: the slots of a window."""
+        return self.vision.window_patches
+
+    @property
+    def patches_per_merged(self) -> int:
+        return self.vision.spatial_merge_size**2
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Head counts that a tensor axis has to divide."""
+        return {
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "vision_config.num_heads": self.vision.num_heads,
+        }
+
+
+PREPROCESSOR = {  # the published preprocessor_config.json of every size
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+def read_config(hf_config: dict, preprocessor: dict) -> Qwen25VLConfig:
+    """Returns the sizes in config.json (flat as published, or nested as transformers 5 writes it).
+
+    Raises:
+      InputError: a field is missing, or asks for something that this port does not do.
+    """
+    text = {**hf_config, **hf_config.get("text_config", {})}
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    vision = dict(_require(text, "vision_config"))
+    vision.setdefault("in_channels", vision.get("in_chans", 3))
+    _refuse(text, "use_sliding_window", False)
+    _refuse(text, "hidden_act", "silu")
+    _refuse(vision, "hidden_act", "silu")
+    config = Qwen25VLConfig(
+        vision=Vision(**{**_take(Vision, vision), "fullatt_block_indexes": tuple(vision["fullatt_block_indexes"])}),
+        rope_theta=float(text.get("rope_theta") or _require(rope, "rope_theta")),
+        mrope_section=tuple(_require(rope, "mrope_section")),
+        image_mean=tuple(_require(preprocessor, "image_mean")),
+        image_std=tuple(_require(preprocessor, "image_std")),
+        min_pixels=_pixel_limit(preprocessor, "min_pixels", "shortest_edge"),
+        max_pixels=_pixel_limit(preprocessor, "max_pixels", "longest_edge"),
+        tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        initializer_range=float(text.get("initializer_range", 0.02)),
+        **{name: _require(text, name) for name in TEXT_SIZES},
+    )
+    _check(config)
+    return config
+
+
+TEXT_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "rms_norm_eps", "image_token_id",
+)  # fmt: skip
+
+
+def _check(config: Qwen25VLConfig) -> None:
+    if sum(config.mrope_section) * 2 != config.head_width:
+        raise InputError(
+            "config.json: mrope_section does not fill the heads", found=f"sum of {config.mrope_section}",
+            expected=f"half the head width, {config.head_width // 2}", fix="correct rope_scaling.mrope_section",
+        )  # fmt: skip
+    if config.vision.out_hidden_size != config.hidden_size:
+        raise InputError(
+            "config.json: vision and text widths differ", found=f"out_hidden_size {config.vision.out_hidden_size}",
+            expected=f"hidden_size {config.hidden_size}", fix="correct vision_config.out_hidden_size",
+        )  # fmt: skip
+
+
+def _take(section: type, values: dict) -> dict:
+    return {field.name: _require(values, field.name) for field in dataclasses.fields(section)}
+
+
+def _require(values: dict, name: str):
+    if name not in values:
+        raise InputError(
+            f"Hugging Face folder: {name} is missing", found=f"fields {sorted(values)}", expected=name,
+            fix="use a Qwen2.5-VL folder with its own config.json and preprocessor_config.json",
+        )  # fmt: skip
+    return values[name]
+
+
+def _refuse(values: dict, name: str, only: object) -> None:
+    if values.get(name, only) != only:
+        raise InputError(
+            f"config.json: {name} is not supported", found=repr(values[name]), expected=repr(only),
+            fix="use a checkpoint with the published architecture",
+        )  # fmt: skip
+
+
+def _pixel_limit(preprocessor: dict, name: str, size_name: str) -> int:
+    """The class default of max_pixels is 13 times smaller than the published file's: never fall back to it."""
+    value = preprocessor.get(name) or (preprocessor.get("size") or {}).get(size_name)
+    return int(value) if value else _require(preprocessor, name)

@@ -1,0 +1,109 @@
+"""The files of a Hugging Face folder other than the weights: made from nothing, or copied in the form all can read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import transformers
+
+from depthlm_jax.errors import InputError
+from depthlm_jax.models.qwen2_5_vl.config import PREPROCESSOR
+from depthlm_jax.models.qwen2_5_vl.tokenizer import build_small_tokenizer
+
+SCRATCH_VOCABULARY = 512
+TOKEN_FIELDS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "bos_token_id": "<|endoftext|>",
+    "eos_token_id": "<|im_end|>",
+    "pad_token_id": "<|endoftext|>",
+}
+COPIED = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+
+
+def write_scratch(hf_config: dict, texts: list[str], folder: Path) -> None:
+    """Writes config, tokenizer, preprocessor and generation files for a model of random weights.
+
+    Args:
+      hf_config: config.json without vocabulary and token ids, which come from the tokenizer.
+      texts: what the tokenizer is made for.
+      folder: is made where it does not exist.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    build_small_tokenizer(folder, texts, SCRATCH_VOCABULARY)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKEN_FIELDS.items()}
+    vision = hf_config["vision_config"]
+    side = vision["patch_size"] * vision["spatial_merge_size"]
+    patches = {
+        "patch_size": vision["patch_size"], "merge_size": vision["spatial_merge_size"],
+        "temporal_patch_size": vision["temporal_patch_size"], "min_pixels": 4 * side**2, "max_pixels": 16384 * side**2,
+    }  # fmt: skip
+    generation = {"do_sample": False, "eos_token_id": ids["eos_token_id"], "pad_token_id": ids["pad_token_id"]}
+    named = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
+    _write(
+        folder / "config.json", {**named, "torch_dtype": "float32", **hf_config, **ids, "vocab_size": len(tokenizer)}
+    )
+    _write(folder / "preprocessor_config.json", PREPROCESSOR | patches)
+    _write(folder / "generation_config.json", generation)
+
+
+def copy_published(source: Path, target: Path) -> list[str]:
+    """Copies everything but the weights, in the hub's form, which transformers 4.51 and 5 read alike.
+
+    Returns:
+      Warnings for the user.
+
+    Raises:
+      InputError: config.json or preprocessor_config.json is missing.
+    """
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (source / name).is_file():
+            raise InputError(
+                f"{source}: no {name}", found=sorted(file.name for file in source.glob("*"))[:12] or "nothing",
+                expected="a Hugging Face model folder", fix="correct --hf_dir or model.hf_dir, or complete the folder",
+            )  # fmt: skip
+    target.mkdir(parents=True, exist_ok=True)
+    files = {file for pattern in COPIED for file in source.glob(pattern) if "safetensors" not in file.name}
+    for file in sorted(files):
+        shutil.copyfile(file, target / file.name)
+    _rewrite(target / "config.json", flat_config)
+    _rewrite(
+        target / "preprocessor_config.json",
+        lambda values: values | {"image_processor_type": PREPROCESSOR["image_processor_type"]},
+    )
+    if (target / "tokenizer_config.json").is_file():
+        _rewrite(target / "tokenizer_config.json", lambda values: values | {"tokenizer_class": "Qwen2Tokenizer"})
+    if not any((target / name).is_file() for name in TOKENIZER_FILES):
+        return [f"{source} has no tokenizer files: {target} has none either, and needs them before it can be used"]
+    return []
+
+
+def flat_config(values: dict) -> dict:
+    """Returns config.json as on the hub: text fields at the top, rope_scaling, torch_dtype.
+
+    transformers 4.51 reads the nested form of version 5 as an 80-layer default, without an error.
+    """
+    text = {**values, **values.get("text_config", {})}
+    text["model_type"] = values["model_type"]
+    text.pop("text_config", None)
+    rope = text.pop("rope_parameters", None)
+    if rope:
+        text["rope_theta"] = rope["rope_theta"]
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    if "dtype" in text:
+        text["torch_dtype"] = text.pop("dtype")
+    text["tie_word_embeddings"] = bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    text.pop("layer_types", None)  # of version 5; follows from the rest
+    return text
+
+
+def _rewrite(file: Path, change) -> None:
+    _write(file, change(json.loads(file.read_text())))
+
+
+def _write(file: Path, values: dict) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,78 @@
+"""Weights → a Hugging Face folder that PyTorch loads."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from depthlm_jax import config as config_module
+from depthlm_jax import hf, log, tree
+from depthlm_jax.errors import InputError
+from depthlm_jax.models import registry
+from depthlm_jax.run import Run, make_writable, stored_dtype, trained_parameters
+
+NOTE = "depthlm"  # key in config.json; other readers ignore it
+
+
+def export_run(run: Run, output: Path) -> int:
+    """Returns the step whose parameters were written to `output`, in the dtype that the base folder names."""
+    with _staged(output) as staging:
+        step, parameters = trained_parameters(run)
+        registry.family(run.config.model.family).copy_published(run.base, staging)
+        leaves = {path: np.asarray(value) for path, value in tree.flatten(parameters).items()}
+        hf.write_parameters(staging, run.network.rules, leaves, stored_dtype(staging))
+        _note_training(staging, run.config)
+    return step
+
+
+def convert_folder(source: Path, output: Path, family_name: str) -> None:
+    """Writes the folder `source` again, through our parameters, bit for bit in the dtype on disk."""
+    family = registry.family(family_name)
+    with _staged(output) as staging:
+        for warning in family.copy_published(source, staging):
+            log.say(f"warning: {warning}")
+        network = registry.build(family_name, family.read_config(*read_jsons(staging)))
+        leaves = dict(hf.read_parameters(source, network.rules, network.shapes))
+        hf.write_parameters(staging, network.rules, leaves, next(iter(leaves.values())).dtype)
+
+
+def read_jsons(folder: Path) -> tuple[dict, dict]:
+    """Returns config.json and preprocessor_config.json of a folder."""
+    return tuple(json.loads((folder / name).read_text()) for name in ("config.json", "preprocessor_config.json"))
+
+
+@contextlib.contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """Yields a folder beside `output` that takes its place when all is written."""
+    _refuse_foreign(output)
+    staging = output.with_name(f"{output.name}.incomplete")
+    shutil.rmtree(staging, ignore_errors=True)
+    make_writable(staging)
+    yield staging
+    shutil.rmtree(output, ignore_errors=True)
+    staging.rename(output)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Raises InputError if the folder holds anything but an earlier export of a run."""
+    config = output / "config.json"
+    ours = config.is_file() and NOTE in json.loads(config.read_text())
+    if output.exists() and any(output.iterdir()) and not ours:
+        raise InputError(
+            f"{output} is not empty", found=sorted(file.name for file in output.iterdir())[:6],
+            expected="a new or empty folder, or an earlier export of a run", fix="give another --output",
+        )  # fmt: skip
+
+
+def _note_training(output: Path, config: config_module.Config) -> None:
+    """Adds to config.json what whoever asks this model for a depth has to know."""
+    file = output / "config.json"
+    data = config.data
+    note = {
+        "focal_px": data.geometry.focal_px, "geometry": data.geometry.mode, "label_kind": data.label_kind,
+        "reference": "red arrow", "marker_scale": data.marker_scale, "unit": "m",
+    }  # fmt: skip
+    file.write_text(json.dumps({**json.loads(file.read_text()), NOTE: note}, indent=2) + "\n")

@@ -1,0 +1,147 @@
+"""What every command that touches a model needs: its folder, processor, mesh, network, parameters."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from depthlm_jax import checkpoint, hf, log, sharding, tree
+from depthlm_jax import config as config_module
+from depthlm_jax.data import tasks
+from depthlm_jax.errors import InputError
+from depthlm_jax.models import registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A model on a mesh; `workdir` holds config.json, base/ (a Hugging Face folder without weights), checkpoints/."""
+
+    config: config_module.Config
+    workdir: Path
+    processor: object
+    mesh: jax.sharding.Mesh
+    network: registry.Network
+
+    @property
+    def base(self) -> Path:
+        return self.workdir / "base"
+
+
+def open_run(config: config_module.Config, workdir: Path, *, create: bool) -> Run:
+    """Returns the run of a workdir.
+
+    Args:
+      config: has to agree with the config that the workdir was started with.
+      workdir: folder of the run.
+      create: start one where there is none.
+
+    Raises:
+      InputError: the folder cannot be written, holds another run, or holds none and `create` is false.
+    """
+    workdir = Path(workdir)
+    saved = workdir / "config.json"
+    if saved.exists():
+        config_module.check_same_run(config_module.load(saved), config, str(workdir))
+    elif create:
+        _create(config, workdir)
+        config_module.save(config, saved)
+    else:
+        raise _no_run(workdir)
+    return connect(config, workdir, jax.devices())
+
+
+def reopen(workdir: Path) -> Run:
+    """Returns the run of a workdir with the config it was started with, on one device."""
+    file = workdir / "config.json"
+    if not file.exists():
+        raise _no_run(workdir)
+    saved = config_module.load(file)
+    return connect(dataclasses.replace(saved, mesh=config_module.Mesh(1, 1, 1)), workdir, jax.devices()[:1])
+
+
+def _no_run(workdir: Path) -> InputError:
+    return InputError(
+        f"{workdir}: no run here", found=sorted(file.name for file in workdir.glob("*")) or "nothing",
+        expected="config.json, base/ and checkpoints/ of a training run", fix="train first, or correct --workdir",
+    )  # fmt: skip
+
+
+def connect(config: config_module.Config, workdir: Path, devices: list) -> Run:
+    """Returns the run of a folder that is known to be complete."""
+    family = registry.family(config.model.family)
+    processor = family.processor(workdir / "base")
+    accumulate = config.train.gradient_accumulation_steps
+    rows = config.data.global_batch_rows
+    if accumulate < 1 or rows % accumulate:
+        raise InputError(
+            "config: train.gradient_accumulation_steps does not divide the rows", found=f"{rows} rows / {accumulate}",
+            expected=f"one of {[n for n in range(1, rows + 1) if rows % n == 0]}",
+            fix="set --config.train.gradient_accumulation_steps or --config.data.global_batch_rows",
+        )  # fmt: skip
+    mesh = sharding.make_mesh(config.mesh, devices, rows=rows // accumulate, heads=processor.config.heads)
+    network = registry.build(config.model.family, processor.config, sharding.constrainer(mesh), config.model.remat)
+    return Run(config, workdir, processor, mesh, network)
+
+
+def _create(config: config_module.Config, workdir: Path) -> None:
+    family, model = registry.family(config.model.family), config.model
+    if not model.hf_dir and not model.random_weights:
+        raise InputError(
+            "config: no weights to start from", found="model.hf_dir is empty", expected="a Hugging Face folder",
+            fix="give --config.model.hf_dir=FOLDER (or --config.model.random_weights=True to start from nothing)",
+        )  # fmt: skip
+    make_writable(workdir)
+    if model.hf_dir:
+        for warning in family.copy_published(Path(model.hf_dir), workdir / "base"):
+            log.say(f"warning: {warning}")
+    else:
+        answers = [tasks.answer_text(number / 100) for number in range(1000)]
+        texts = ["system\n", "user\n", "assistant\n", tasks.SYSTEM, tasks.QUESTION, *answers]
+        family.write_scratch(model.hf_config, texts, workdir / "base")
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder; raises InputError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written", found=error, expected="a folder that this user can write",
+            fix="give another folder, or change its permissions",
+        ) from error  # fmt: skip
+
+
+def first_parameters(run: Run) -> dict:
+    """Returns the parameters of step 0 on the mesh, float32: of the Hugging Face folder, or random."""
+    if run.config.model.hf_dir:
+        return import_parameters(run.network, Path(run.config.model.hf_dir), run.mesh)
+    places = sharding.parameter_places(run.mesh, run.network.axes, run.network.shapes)
+    return jax.jit(run.network.init, out_shardings=places)(jax.random.key(run.config.model.seed))
+
+
+def import_parameters(network: registry.Network, folder: Path, mesh: jax.sharding.Mesh) -> dict:
+    """Returns the weights of a Hugging Face folder on the mesh, float32; one parameter at a time in host memory."""
+    places = tree.flatten(sharding.parameter_places(mesh, network.axes, network.shapes))
+    leaves = {}
+    for path, value in hf.read_parameters(folder, network.rules, network.shapes):
+        value = value.astype(np.float32)
+        leaves[path] = jax.make_array_from_callback(value.shape, places[path], lambda index, value=value: value[index])
+    return tree.unflatten(leaves)
+
+
+def trained_parameters(run: Run) -> tuple[int, dict]:
+    """Returns the step and the parameters of the run's latest checkpoint."""
+    places = sharding.parameter_places(run.mesh, run.network.axes, run.network.shapes)
+    return checkpoint.Checkpoints(run.workdir).restore_parameters(checkpoint.abstract(run.network.abstract, places))
+
+
+def stored_dtype(folder: Path) -> np.dtype:
+    """Returns the dtype that config.json names for the weights."""
+    values = json.loads((folder / "config.json").read_text())
+    return np.dtype(jax.numpy.dtype(values.get("torch_dtype") or values.get("dtype") or "float32"))

@@ -1,0 +1,153 @@
+"""The training loop: state on the mesh, batches in, metrics and checkpoints out."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from depthlm_jax import checkpoint, log, sharding
+from depthlm_jax import config as config_module
+from depthlm_jax.errors import InputError
+from depthlm_jax.models.registry import Network
+from depthlm_jax.train import optim, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A jitted step, and how its state is laid out on the mesh."""
+
+    mesh: jax.sharding.Mesh
+    optimizer: optax.GradientTransformation
+    shardings: step.State
+    abstract: step.State
+    run_step: Callable  # (state, batch) → (state, metrics); the state is donated
+
+
+def make_trainer(network: Network, config: config_module.Config, mesh: jax.sharding.Mesh) -> Trainer:
+    """Returns the trainer of a network; nothing is allocated."""
+    optimizer = optim.make_optimizer(config.optim, config.train.max_steps)
+    shardings, abstract = state_layout(network, optimizer, mesh)
+    accumulate = config.train.gradient_accumulation_steps
+    compiled = jax.jit(
+        step.make_train_step(network.logits, optimizer, jnp.dtype(config.model.compute_dtype), accumulate),
+        in_shardings=(shardings, sharding.batch_shardings(mesh)),
+        out_shardings=(shardings, sharding.shard(mesh, "")),
+        donate_argnums=0,
+    )
+    return Trainer(mesh, optimizer, shardings, abstract, compiled)
+
+
+def state_layout(network: Network, optimizer, mesh: jax.sharding.Mesh) -> tuple[step.State, step.State]:
+    """Returns shardings and ShapeDtypeStructs of the state; optimizer moments lie where their parameters lie."""
+    replicated = sharding.shard(mesh, "")
+    places = sharding.parameter_places(mesh, network.axes, network.shapes)
+    moments = jax.eval_shape(optimizer.init, network.abstract)
+    moment_places = optax.tree_map_params(
+        optimizer, lambda _, place: place, moments, places, transform_non_params=lambda _: replicated
+    )
+    shardings = step.State(replicated, places, moment_places)
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    return shardings, checkpoint.abstract(step.State(counter, network.abstract, moments), shardings)
+
+
+def start(trainer: Trainer, parameters: dict) -> step.State:
+    """Returns the state of step 0; `parameters` lie on the mesh and are taken over."""
+    moments = jax.jit(trainer.optimizer.init, out_shardings=trainer.shardings.optimizer)(parameters)
+    return step.State(jax.device_put(jnp.int32(0), trainer.shardings.step), parameters, moments)
+
+
+def run(
+    trainer: Trainer, config: config_module.Config, workdir: Path, batches: Iterator, first_parameters: Callable
+) -> step.State:
+    """Returns the last state; trains from the latest checkpoint of `workdir`, or from `first_parameters()`.
+
+    Args:
+      trainer: of `make_trainer`.
+      config: of the run.
+      workdir: holds metrics.jsonl and checkpoints/.
+      batches: of data.pipeline.training_batches; its position is saved and restored.
+      first_parameters: → parameters on the mesh; called where there is no checkpoint.
+    """
+    checkpoints = checkpoint.Checkpoints(workdir)
+    state = _resume(trainer, checkpoints, batches, first_parameters)
+    meter = Meter(config, log.Journal(workdir), int(state.step))
+    try:
+        for number in range(int(state.step) + 1, config.train.max_steps + 1):
+            rows = next(batches)
+            meter.count_dropped(rows.dropped)
+            state, metrics = trainer.run_step(state, sharding.put_batch(trainer.mesh, rows.arrays))
+            meter.add(number, metrics, len(rows.record_ids))
+            if number % config.train.save_steps == 0 or number == config.train.max_steps:
+                checkpoints.save(number, state.parameters, state.optimizer, batches.get_state(), config)
+    finally:
+        meter.flush()
+        checkpoints.close()
+    return state
+
+
+def _resume(trainer: Trainer, checkpoints: checkpoint.Checkpoints, batches, first_parameters) -> step.State:
+    latest = checkpoints.latest_step
+    if latest is None:
+        return start(trainer, first_parameters())
+    abstract = trainer.abstract
+    parameters, moments, position = checkpoints.restore(latest, abstract.parameters, abstract.optimizer)
+    batches.set_state(position)
+    log.say(f"continuing {checkpoints.folder.parent} after step {latest}")
+    return step.State(jax.device_put(jnp.int32(latest), trainer.shardings.step), parameters, moments)
+
+
+class Meter:
+    """Metrics of a step are fetched after the next step was dispatched, so that the device never waits."""
+
+    def __init__(self, config: config_module.Config, journal: log.Journal, first_step: int):
+        self.config, self.journal, self.first_step = config, journal, first_step
+        self.pending: tuple[int, dict, int] | None = None
+        self.samples, self.bad, self.empty = 0, 0, 0
+        self.start = self.since = time.monotonic()
+
+    def add(self, number: int, metrics: dict, samples: int) -> None:
+        self.flush()
+        self.pending = number, metrics, samples * jax.process_count()
+
+    def flush(self) -> None:
+        """Waits for the pending step and writes its line if it is due."""
+        if self.pending is None:
+            return
+        (number, metrics, samples), self.pending = self.pending, None
+        self.samples += samples
+        every, last = self.config.train.logging_steps, self.config.train.max_steps
+        if number % every and number not in (self.first_step + 1, last):
+            jax.block_until_ready(metrics["loss"])
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        now = time.monotonic()
+        values["samples_per_second"] = self.samples / (now - self.since)
+        rate = self.config.optim, last
+        values["learning_rate"] = float(optim.make_schedule(*rate)(number - 1))
+        left = (now - self.start) / (number - self.first_step) * (last - number)
+        self.samples, self.since = 0, now
+        if jax.process_index() == 0:
+            self.journal.write(number, values)
+            log.say(
+                f"step {number}/{last} · loss {values['loss']:.4f} · token accuracy "
+                f"{values['mean_token_accuracy']:.3f} · {values['samples_per_second']:.1f} samples/s · "
+                f"{log.clock(left)} left"
+            )
+
+    def count_dropped(self, dropped) -> None:
+        """Logs the records that gave no sample; raises InputError beyond data.max_bad_records unreadable ones."""
+        for drop in dropped:
+            self.bad, self.empty = self.bad + drop.bad, self.empty + (not drop.bad)
+            if drop.bad:
+                log.say(f"skipped a bad record ({self.bad} so far): {drop.reason}")
+        limit = self.config.data.max_bad_records
+        if self.bad > limit:
+            raise InputError(
+                f"{self.bad} bad records, the last: {dropped[-1].reason}", found=self.bad,
+                expected=f"at most data.max_bad_records={limit}",
+                fix="correct the records, or allow that many with --config.data.max_bad_records",
+            )  # fmt: skip

@@ -1,0 +1,35 @@
+"""Settings that must stand before jax is imported, and the fixtures that more than one test file uses."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network fails at once
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Eight devices on the CPU: tests of meshes run in this process.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers, each with a thread for every core, get in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import qwen_bpe  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ibims1() -> Path:
+    """Twenty real images with intrinsics and depths, beside the repository."""
+    folder = Path(__file__).parents[2] / "shared" / "data" / "ibims1"
+    if not folder.is_dir():
+        pytest.skip("no iBims-1 subset: it is expected in shared/data/ibims1 beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer_dir() -> Path:
+    """Hugging Face folder with the real Qwen2.5 vocabulary."""
+    try:
+        return qwen_bpe.tokenizer_folder()
+    except qwen_bpe.Unavailable as reason:
+        pytest.skip(f"no Qwen2.5 vocabulary: {reason}")
