@@ -30,9 +30,9 @@ def get_config(arg: str = ""):
     config.data.train.path = SCENES
     config.eval.source.path = SCENES
     config.eval.source.split = "validation"
-    config.data.geometry.focal_px = 100.0
-    config.data.geometry.crop_width = (96, 96)
-    config.data.geometry.crop_height = (96, 96)
+    config.data.geometry.focal_px = 82.0  # the scenes' images become 80 or 96 px wide and high
+    config.data.geometry.crop_width = (80, 112)
+    config.data.geometry.crop_height = (80, 112)
     config.data.marker_scale = 2  # an arrow large enough for 8-px patches
 
     config.data.global_batch_rows = 64
@@ -46,9 +46,9 @@ def get_config(arg: str = ""):
     config.optim.learning_rate = 3e-3
     config.optim.max_grad_norm = 1.0
     config.optim.adam_b2 = 0.98
-    config.train.max_steps = 2000
-    config.train.save_steps = 500
-    config.train.logging_steps = 50
+    config.train.max_steps = 800
+    config.train.save_steps = 200
+    config.train.logging_steps = 20
     config.train.digit_weight = 5.0
 
     config.eval.samples = 512

@@ -116,9 +116,15 @@ CHOICES = {
     "data.label_kind": ("z", "ray", "record"),
     "train.loss_on": ("answer", "official"),
 }
+POSITIVE = (
+    "data.marker_scale", "data.global_batch_rows", "data.samples_per_row", "data.max_tokens", "data.max_patches",
+    "data.max_answer_tokens", "train.max_steps", "train.gradient_accumulation_steps", "train.save_steps",
+    "train.logging_steps", "eval.samples", "eval.batch_rows", "eval.max_new_tokens",
+)  # fmt: skip
 # What may differ between a workdir and the run that continues it: it changes speed or reporting, not the result.
 FREE_TO_CHANGE = (
     "mesh", "eval", "train.save_steps", "train.logging_steps", "data.read_threads", "data.prefetch_rows",
+    "data.max_bad_records",
 )  # fmt: skip
 
 
@@ -139,6 +145,8 @@ def parse(recipe: ml_collections.ConfigDict) -> Config:
 
 
 def _parse_section(section: type, values: dict, path: str):
+    if type(values) is not dict:
+        raise _bad_value(path.rstrip("."), f"{values!r} of type {type(values).__name__}", "a section")
     known = {field.name: field.type for field in dataclasses.fields(section)}
     for name in values:
         if name not in known:
@@ -156,19 +164,19 @@ def _parse_section(section: type, values: dict, path: str):
 def _parse_value(kind, value, path: str):
     if dataclasses.is_dataclass(kind):
         return _parse_section(kind, value, f"{path}.")
-    if kind is dict:
-        return dict(value)
     if typing.get_origin(kind) is tuple:
-        pair_fits = isinstance(value, (tuple, list)) and len(value) == 2 and 0 <= value[0] <= value[1]
-        if not pair_fits:
-            raise _bad_value(path, value, "two numbers (smallest, largest), 0 ≤ smallest ≤ largest")
-        return tuple(int(v) for v in value)
+        whole = isinstance(value, (tuple, list)) and [type(v) for v in value] == [int, int]
+        if not (whole and 0 <= value[0] <= value[1]):
+            raise _bad_value(path, value, "two whole numbers (smallest, largest), 0 ≤ smallest ≤ largest")
+        return tuple(value)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise _bad_value(path, f"{value!r} of type {type(value).__name__}", kind.__name__)
     if path in CHOICES and value not in CHOICES[path]:
         raise _bad_value(path, repr(value), " or ".join(CHOICES[path]))
+    if path in POSITIVE and value < 1:
+        raise _bad_value(path, value, "at least 1")
     return value
 
 
@@ -201,8 +209,10 @@ def flatten(config: Config) -> dict[str, object]:
 
 
 def save(config: Config, file: Path) -> None:
-    """Writes the config as JSON."""
-    file.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    """Writes the config as JSON, whole or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    unfinished.replace(file)
 
 
 def load(file: Path) -> Config:

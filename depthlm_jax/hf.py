@@ -139,7 +139,7 @@ def _split(sizes: dict[str, int]) -> list[list[str]]:
 def _tensor_files(folder: Path) -> dict[str, Path]:
     index = folder / INDEX
     if index.exists():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({folder / name for name in _shards(index)})
     else:
         files = sorted(folder.glob("*.safetensors"))
     absent = [file.name for file in files if not file.exists()]
@@ -149,6 +149,16 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             expected=f"model.safetensors, or shards with {INDEX}", fix="download the folder again, or correct its path",
         )  # fmt: skip
     return {name: file for file in files for name in _open(file).keys()}  # noqa: SIM118 (not a dict)
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return list(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{index}: cannot be read", found=repr(error), expected="a JSON file with a weight_map",
+            fix="download the file again",
+        ) from error  # fmt: skip
 
 
 def _open(file: Path):

@@ -49,6 +49,14 @@ class Journal:
 
     def __init__(self, workdir: Path):
         self.file = Path(workdir) / "metrics.jsonl"
+        self._cut_unfinished_line()
+
+    def _cut_unfinished_line(self) -> None:
+        """A process killed while it wrote leaves half a line, which the next record would be glued to."""
+        if self.file.exists():
+            text = self.file.read_bytes()
+            if not text.endswith(b"\n"):
+                self.file.write_bytes(text[: text.rfind(b"\n") + 1])
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         with self.file.open("a") as out:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from depthlm_jax import checkpoint, hf, log, sharding, tree
 from depthlm_jax import config as config_module
@@ -45,12 +46,18 @@ def open_run(config: config_module.Config, workdir: Path, *, create: bool) -> Ru
     saved = workdir / "config.json"
     if saved.exists():
         config_module.check_same_run(config_module.load(saved), config, str(workdir))
-    elif create:
-        _create(config, workdir)
-        config_module.save(config, saved)
-    else:
+        if create:
+            make_writable(workdir)
+    elif not create:
         raise _no_run(workdir)
-    return connect(config, workdir, jax.devices())
+    elif jax.process_index() == 0:
+        make_writable(workdir)
+        write_base(config.model, workdir / "base")
+    multihost_utils.sync_global_devices("base folder")
+    run = connect(config, workdir, jax.devices())
+    if jax.process_index() == 0 and not saved.exists():  # only now: a config that cannot be trained claims no folder
+        config_module.save(config, saved)
+    return run
 
 
 def reopen(workdir: Path) -> Run:
@@ -86,21 +93,25 @@ def connect(config: config_module.Config, workdir: Path, devices: list) -> Run:
     return Run(config, workdir, processor, mesh, network)
 
 
-def _create(config: config_module.Config, workdir: Path) -> None:
-    family, model = registry.family(config.model.family), config.model
+def write_base(model: config_module.Model, base: Path) -> None:
+    """Writes a Hugging Face folder without weights: copied from `model.hf_dir`, or made for random weights.
+
+    Raises:
+      InputError: there is nothing to start from, or the folder is not complete.
+    """
+    family = registry.family(model.family)
     if not model.hf_dir and not model.random_weights:
         raise InputError(
             "config: no weights to start from", found="model.hf_dir is empty", expected="a Hugging Face folder",
             fix="give --config.model.hf_dir=FOLDER (or --config.model.random_weights=True to start from nothing)",
         )  # fmt: skip
-    make_writable(workdir)
     if model.hf_dir:
-        for warning in family.copy_published(Path(model.hf_dir), workdir / "base"):
+        for warning in family.copy_published(Path(model.hf_dir), base):
             log.say(f"warning: {warning}")
     else:
         answers = [tasks.answer_text(number / 100) for number in range(1000)]
         texts = ["system\n", "user\n", "assistant\n", tasks.SYSTEM, tasks.QUESTION, *answers]
-        family.write_scratch(model.hf_config, texts, workdir / "base")
+        family.write_scratch(model.hf_config, texts, base)
 
 
 def make_writable(folder: Path) -> None:
@@ -138,7 +149,11 @@ def import_parameters(network: registry.Network, folder: Path, mesh: jax.shardin
 def trained_parameters(run: Run) -> tuple[int, dict]:
     """Returns the step and the parameters of the run's latest checkpoint."""
     places = sharding.parameter_places(run.mesh, run.network.axes, run.network.shapes)
-    return checkpoint.Checkpoints(run.workdir).restore_parameters(checkpoint.abstract(run.network.abstract, places))
+    checkpoints = checkpoint.Checkpoints(run.workdir)
+    try:
+        return checkpoints.restore_parameters(checkpoint.abstract(run.network.abstract, places))
+    finally:
+        checkpoints.close()
 
 
 def stored_dtype(folder: Path) -> np.dtype:

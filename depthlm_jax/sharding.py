@@ -38,10 +38,13 @@ def make_mesh(sizes: config_module.Mesh, devices: list, *, rows: int, heads: Map
     """
     shape = _fill(sizes, len(devices))
     tensor = shape[AXES.index("tensor")]
-    valid = [n for n in range(1, len(devices) + 1) if all(count % n == 0 for count in heads.values())]
+    # The devices of a tensor group see the same rows, so they belong to one host, which reads them.
+    local = len(devices) // len({device.process_index for device in devices})
+    valid = [n for n in range(1, local + 1) if all(count % n == 0 for count in (local, *heads.values()))]
     if tensor not in valid:
         raise InputError(
-            f"mesh: tensor={tensor} does not divide the heads", found=", ".join(f"{k}={v}" for k, v in heads.items()),
+            f"mesh: tensor={tensor} does not divide the heads and the devices of a host",
+            found=", ".join(f"{k}={v}" for k, v in heads.items()) + f", {local} devices a host",
             expected=f"tensor one of {valid}", fix="set --config.mesh.tensor",
         )  # fmt: skip
     row_devices = shape[0] * shape[1]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from depthlm_jax.errors import InputError
@@ -46,7 +47,7 @@ def match_once(patterns: Iterable[str], paths: Iterable[str], what: str) -> dict
 
 def cast(tree, dtype):
     """Returns the tree with its floating-point leaves in `dtype`."""
-    return jax.tree.map(lambda x: x.astype(dtype) if np.issubdtype(x.dtype, np.inexact) else x, tree)
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def count(tree) -> int:

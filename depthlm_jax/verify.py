@@ -117,6 +117,6 @@ def _loss(logits_AV: np.ndarray, processor, image: np.ndarray, depth_m: float) -
 
 
 def _kl(p_AV: np.ndarray, q_AV: np.ndarray) -> float:
-    """Returns the mean over positions of KL(p ‖ q), in nat."""
-    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (p_AV, q_AV))
-    return float(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)))
+    """Returns the mean over positions of KL(p ‖ q), in nat; float64, since it is smaller than float32 resolves."""
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (np.float64(p_AV), np.float64(q_AV)))
+    return float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)))

@@ -33,3 +33,11 @@ def qwen_tokenizer_dir() -> Path:
         return qwen_bpe.tokenizer_folder()
     except qwen_bpe.Unavailable as reason:
         pytest.skip(f"no Qwen2.5 vocabulary: {reason}")
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """Folder of a small synthetic data set, see worlds.py."""
+    import worlds  # not at the top: it needs a second, and most files do not need it
+
+    return worlds.render(tmp_path_factory.mktemp("scenes"))

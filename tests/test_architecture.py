@@ -22,7 +22,9 @@ LEVELS = (
     ("hf",),
     ("data.", "models."),
     ("models.registry", "data.pipeline", "sharding", "log", "checkpoint"),
+    ("run",),
     ("train.", "eval."),
+    ("release", "verify"),
     ("cli.",),
     ("__main__",),
 )

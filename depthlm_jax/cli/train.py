@@ -31,8 +31,7 @@ def run(values: flags.FlagValues) -> dict:
     )
     trainer = loop.make_trainer(this.network, config, this.mesh)
     state = loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this))
-    journal = log.Journal(workdir).read()
     if jax.process_index() == 0:
-        report.loss_curve(journal, workdir / "loss.png")
+        report.loss_curve(log.Journal(workdir).read(), workdir / "loss.png")
         log.say(f"loss curve: {workdir / 'loss.png'}")
-    return {"step": int(state.step), "loss": journal[-1]["loss"], "workdir": str(workdir)}
+    return {"step": int(state.step), "workdir": str(workdir)}

@@ -7,7 +7,7 @@ or threads, and the position to resume from is one number.
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from depthlm_jax import batch as batch_contract
 from depthlm_jax import config as config_module
 from depthlm_jax.data import packing, transforms
+from depthlm_jax.data.official import official_eval_indices
 from depthlm_jax.data.records import Records
 from depthlm_jax.errors import InputError
 
@@ -59,12 +60,12 @@ class SampleMaker:
         data = self.config.data
         try:
             seen = transforms.look(self.records[index], data, self.limits, rng)
+            usable = np.flatnonzero(seen.usable)
+            if not len(usable):
+                return Dropped(seen.record_id, "no labelled point inside the crop with room for the marker", bad=False)
+            return transforms.ask(seen, int(rng.choice(usable)), data, self.limits)
         except InputError as error:
             return Dropped(f"record {index}", str(error), bad=True)
-        usable = np.flatnonzero(seen.usable)
-        if not len(usable):
-            return Dropped(seen.record_id, "no labelled point inside the crop with room for the marker", bad=False)
-        return transforms.ask(seen, int(rng.choice(usable)), data, self.limits)
 
     def encode(self, example: transforms.Example) -> batch_contract.Sample:
         train = self.config.train
@@ -81,6 +82,7 @@ class HostRows:
     per_step: int  # of all hosts
     host: int
     hosts: int
+    first_step: int
 
     def __len__(self) -> int:
         return sys.maxsize // self.per_step  # endless
@@ -88,7 +90,33 @@ class HostRows:
     def __getitem__(self, index: int) -> Rows:
         local = self.per_step // self.hosts
         step, row = divmod(index, local)
-        return self.rows[step * self.per_step + self.host * local + row]
+        return self.rows[(self.first_step + step) * self.per_step + self.host * local + row]
+
+
+class Batches:
+    """Endless iterator of one host's `Rows` of each step; its state is the number of steps, for any host count."""
+
+    def __init__(self, rows: grain.MapDataset, data: config_module.Data, host: int, hosts: int):
+        self.rows, self.data, self.host, self.hosts = rows, data, host, hosts
+        self.set_state({"step": 0})
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Rows:
+        rows = next(self.reader)
+        self.step += 1
+        return rows
+
+    def get_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        data, self.step = self.data, state["step"]
+        reading = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_rows)
+        mine = HostRows(self.rows, data.global_batch_rows, self.host, self.hosts, self.step)
+        rows = grain.MapDataset.source(mine).to_iter_dataset(reading)
+        self.reader = iter(rows.batch(data.global_batch_rows // self.hosts, batch_fn=join_rows))
 
 
 def row_shape(data: config_module.Data, sizes) -> batch_contract.RowShape:
@@ -103,19 +131,33 @@ def row_shape(data: config_module.Data, sizes) -> batch_contract.RowShape:
     return batch_contract.RowShape(data.max_tokens, data.max_patches, data.max_answer_tokens, sizes.channels)
 
 
+def training_samples(records: Records, processor, config: config_module.Config) -> grain.MapDataset:
+    """Returns the endless sequence of (example, sample) or `Dropped`, with random access; a new order each epoch."""
+    order = grain.MapDataset.range(len(records)).seed(config.train.seed).shuffle().repeat()
+    return order.random_map(SampleMaker(records, processor, config))
+
+
 def training_batches(
     records: Records, processor, config: config_module.Config, host: int = 0, hosts: int = 1
-) -> grain.DatasetIterator:
-    """Returns an endless iterator of this host's `Rows` of each step; get_state and set_state hold its position.
+) -> Batches:
+    """Returns this host's `Rows` of each step.
 
     Args:
       records: of the training source.
       processor: of the model's family, from a Hugging Face folder.
       config: of the run.
       host: number of this process.
-      hosts: number of processes; divides data.global_batch_rows.
+      hosts: number of processes.
+
+    Raises:
+      InputError: hosts do not divide data.global_batch_rows, or data.max_patches is not in whole windows.
     """
     data = config.data
+    if data.global_batch_rows % hosts:
+        raise InputError(
+            "config: data.global_batch_rows cannot be shared", found=f"{data.global_batch_rows} rows, {hosts} hosts",
+            expected=f"a multiple of {hosts}", fix="set --config.data.global_batch_rows",
+        )  # fmt: skip
     shape, merged = row_shape(data, processor.config), processor.config.patches_per_merged
 
     def pack_row(items: Sequence) -> Rows:
@@ -124,20 +166,8 @@ def training_batches(
         arrays = packing.pack([sample for _, sample in kept], shape, merged, names)
         return Rows(arrays, tuple(names), tuple(item for item in items if isinstance(item, Dropped)))
 
-    rows = (
-        grain.MapDataset.range(len(records))
-        .seed(config.train.seed)
-        .shuffle()
-        .repeat()
-        .random_map(SampleMaker(records, processor, config))
-        .batch(data.samples_per_row, batch_fn=pack_row)
-    )
-    reading = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_rows)
-    return iter(
-        grain.MapDataset.source(HostRows(rows, data.global_batch_rows, host, hosts))
-        .to_iter_dataset(reading)
-        .batch(data.global_batch_rows // hosts, batch_fn=join_rows)
-    )
+    rows = training_samples(records, processor, config).batch(data.samples_per_row, batch_fn=pack_row)
+    return Batches(rows, data, host, hosts)
 
 
 def join_rows(rows: Sequence[Rows]) -> Rows:
@@ -161,21 +191,46 @@ class Questions:
 def evaluation_questions(records: Records, processor, config: config_module.Config) -> Iterator[Questions]:
     """Yields the questions of each image of the evaluation set, spread evenly, without crop, in a fixed order.
 
-    Points are drawn without replacement, by (eval.seed, image). Nothing is substituted: what cannot be asked is
-    counted.
+    Points are drawn without replacement, by (eval.seed, image); in official geometry, as the release draws them.
+    Nothing is substituted: what cannot be asked is counted.
     """
     maker, settings = SampleMaker(records, processor, config), config.eval
-    order = np.random.default_rng(settings.seed).permutation(len(records))[: settings.samples]
-    share, more = divmod(settings.samples, len(order))
+    draw = _official_draw if config.data.geometry.mode == "official" else _even_draw
+    order, points_of = draw(records, settings)
 
     def ask_image(place: int) -> Questions:
-        index = int(order[place])
-        count = share + (place < more)
-        seen = transforms.look(records[index], config.data, maker.limits, None)
-        usable = np.flatnonzero(seen.usable)
-        points = np.random.default_rng((settings.seed, index)).permutation(usable)[:count]
+        seen = transforms.look(records[order[place]], config.data, maker.limits, None)
+        points, wanted = points_of(place, seen.usable)
         examples = tuple(transforms.ask(seen, int(point), config.data, maker.limits) for point in points)
-        return Questions(examples, len(seen.usable) - len(usable), count - len(examples))
+        return Questions(examples, int(np.sum(~seen.usable)), wanted - len(examples))
 
     reading = grain.ReadOptions(num_threads=config.data.read_threads, prefetch_buffer_size=config.data.prefetch_rows)
     yield from grain.MapDataset.range(len(order)).map(ask_image).to_iter_dataset(reading)
+
+
+# A draw: (indices of the records to ask, (place among them, usable points) → (points to ask, how many were wanted)).
+Draw = tuple[Sequence[int], Callable[[int, np.ndarray], tuple[Sequence[int], int]]]
+
+
+def _even_draw(records: Records, settings: config_module.Eval) -> Draw:
+    order = np.random.default_rng(settings.seed).permutation(len(records))[: settings.samples].tolist()
+    share, more = divmod(settings.samples, len(order))
+
+    def points_of(place: int, usable: np.ndarray) -> tuple[Sequence[int], int]:
+        wanted = share + (place < more)
+        rng = np.random.default_rng((settings.seed, order[place]))
+        return rng.permutation(np.flatnonzero(usable))[:wanted], wanted
+
+    return order, points_of
+
+
+def _official_draw(records: Records, settings: config_module.Eval) -> Draw:
+    """The release's questions; where it silently asks another one, this asks one less."""
+    images = min(len(records), settings.samples)
+    drawn = official_eval_indices(settings.samples, len(records[0].depth_m), settings.seed)
+
+    def points_of(place: int, usable: np.ndarray) -> tuple[Sequence[int], int]:
+        wanted = drawn[place::images]
+        return [point for point in wanted if point < len(usable) and usable[point]], len(wanted)
+
+    return range(images), points_of

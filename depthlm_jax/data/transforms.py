@@ -6,7 +6,7 @@ import numpy as np
 
 from depthlm_jax import config
 from depthlm_jax.data import camera, reference, tasks
-from depthlm_jax.data.records import DepthRecord, decode_image
+from depthlm_jax.data.records import MAX_IMAGE_PIXELS, DepthRecord, decode_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,10 @@ def look(record: DepthRecord, data: config.Data, limits: Limits, rng: np.random.
     image = decode_image(record)
     source = camera.Camera(*record.intrinsics, width=image.shape[1], height=image.shape[0])
     view = camera.plan_view(source, data.geometry, limits.grid_px, rng)
-    if data.geometry.mode == "corrected":  # the official second resize keeps the limits by itself
+    if data.geometry.mode == "corrected":
         camera.check_pixels(view, limits.min_pixels, limits.max_pixels)
+    else:  # the second resize keeps the model's limits by itself, but needs an image
+        camera.check_pixels(view, 1, MAX_IMAGE_PIXELS)
     pixels, inside = camera.project_points(view, record.pixel_coords)
     fits = reference.arrow_fits(view.camera.width, view.camera.height, pixels, data.marker_scale)
     kind = record.depth_kind if data.label_kind == "record" else data.label_kind

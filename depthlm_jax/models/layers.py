@@ -108,4 +108,4 @@ def runs_of(kinds: Sequence) -> list[tuple[object, int, int]]:
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """Returns `depth` differently initialised modules as one, parameters stacked on a leading L axis."""
-    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=depth))
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))

@@ -105,8 +105,10 @@ class Meter:
 
     def __init__(self, config: config_module.Config, journal: log.Journal, first_step: int):
         self.config, self.journal, self.first_step = config, journal, first_step
+        self.schedule = optim.make_schedule(config.optim, config.train.max_steps)
         self.pending: tuple[int, dict, int] | None = None
-        self.samples, self.bad, self.empty = 0, 0, 0
+        self.samples, self.empty = 0, 0
+        self.bad: set[str] = set()  # the same record is met again in the next epoch
         self.start = self.since = time.monotonic()
 
     def add(self, number: int, metrics: dict, samples: int) -> None:
@@ -119,19 +121,20 @@ class Meter:
             return
         (number, metrics, samples), self.pending = self.pending, None
         self.samples += samples
+        jax.block_until_ready(metrics["loss"])
         every, last = self.config.train.logging_steps, self.config.train.max_steps
-        if number % every and number not in (self.first_step + 1, last):
-            jax.block_until_ready(metrics["loss"])
-            return
-        values = {name: float(value) for name, value in metrics.items()}
-        now = time.monotonic()
+        if number % every == 0 or number in (self.first_step + 1, last):
+            self._report(number, {name: float(value) for name, value in metrics.items()})
+
+    def _report(self, number: int, values: dict[str, float]) -> None:
+        now, last = time.monotonic(), self.config.train.max_steps
+        values["learning_rate"] = float(self.schedule(number - 1))
         values["samples_per_second"] = self.samples / (now - self.since)
-        rate = self.config.optim, last
-        values["learning_rate"] = float(optim.make_schedule(*rate)(number - 1))
-        left = (now - self.start) / (number - self.first_step) * (last - number)
+        values["samples_without_point"] = self.empty
         self.samples, self.since = 0, now
         if jax.process_index() == 0:
             self.journal.write(number, values)
+            left = (now - self.start) / (number - self.first_step) * (last - number)
             log.say(
                 f"step {number}/{last} · loss {values['loss']:.4f} · token accuracy "
                 f"{values['mean_token_accuracy']:.3f} · {values['samples_per_second']:.1f} samples/s · "
@@ -140,14 +143,16 @@ class Meter:
 
     def count_dropped(self, dropped) -> None:
         """Logs the records that gave no sample; raises InputError beyond data.max_bad_records unreadable ones."""
-        for drop in dropped:
-            self.bad, self.empty = self.bad + drop.bad, self.empty + (not drop.bad)
-            if drop.bad:
-                log.say(f"skipped a bad record ({self.bad} so far): {drop.reason}")
         limit = self.config.data.max_bad_records
-        if self.bad > limit:
-            raise InputError(
-                f"{self.bad} bad records, the last: {dropped[-1].reason}", found=self.bad,
-                expected=f"at most data.max_bad_records={limit}",
-                fix="correct the records, or allow that many with --config.data.max_bad_records",
-            )  # fmt: skip
+        self.empty += sum(not drop.bad for drop in dropped)
+        for drop in dropped:
+            if not drop.bad or drop.record_id in self.bad:
+                continue
+            self.bad.add(drop.record_id)
+            log.say(f"skipped {drop.record_id}, the bad one number {len(self.bad)}: {drop.reason}")
+            if len(self.bad) > limit:
+                raise InputError(
+                    f"{len(self.bad)} bad records, the last is {drop.record_id}: {drop.reason}", found=len(self.bad),
+                    expected=f"at most data.max_bad_records={limit}",
+                    fix="correct the records, or allow that many with --config.data.max_bad_records",
+                )  # fmt: skip

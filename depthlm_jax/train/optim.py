@@ -1,5 +1,7 @@
 """AdamW with cosine decay, linear warm-up and clipping by the global norm."""
 
+import math
+
 import optax
 
 from depthlm_jax import config, tree
@@ -12,7 +14,7 @@ def make_schedule(settings: config.Optim, max_steps: int) -> optax.Schedule:
 
     Source: transformers.get_cosine_schedule_with_warmup, which the official training uses.
     """
-    warmup = round(settings.warmup_ratio * max_steps)
+    warmup = math.ceil(settings.warmup_ratio * max_steps)
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup else settings.learning_rate, settings.learning_rate, warmup, max(max_steps, warmup + 1)
     )

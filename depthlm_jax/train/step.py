@@ -59,7 +59,7 @@ def make_train_step(logits: Callable, optimizer: optax.GradientTransformation, c
             "loss": sums["loss"] / jnp.maximum(sums["weight"], 1e-9),
             "mean_token_accuracy": sums["right"] / jnp.maximum(sums["tokens"], 1),
             "num_tokens": sums["tokens"],
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
         }
         return State(state.step + 1, optax.apply_updates(state.parameters, updates), optimizer_state), metrics
 

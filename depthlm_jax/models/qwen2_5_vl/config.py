@@ -109,6 +109,8 @@ def read_config(hf_config: dict, preprocessor: dict) -> Qwen25VLConfig:
     _refuse(text, "use_sliding_window", False)
     _refuse(text, "hidden_act", "silu")
     _refuse(vision, "hidden_act", "silu")
+    rope_type = rope.get("rope_type") or rope.get("type", "default")
+    _refuse({"rope_type": "default" if rope_type == "mrope" else rope_type}, "rope_type", "default")
     config = Qwen25VLConfig(
         vision=Vision(**{**_take(Vision, vision), "fullatt_block_indexes": tuple(vision["fullatt_block_indexes"])}),
         rope_theta=float(text.get("rope_theta") or _require(rope, "rope_theta")),

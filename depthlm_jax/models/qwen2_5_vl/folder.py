@@ -8,7 +8,7 @@ import transformers
 
 from depthlm_jax.errors import InputError
 from depthlm_jax.models.qwen2_5_vl.config import PREPROCESSOR
-from depthlm_jax.models.qwen2_5_vl.tokenizer import build_small_tokenizer
+from depthlm_jax.models.qwen2_5_vl.tokenizer import CHAT_TEMPLATE, build_small_tokenizer
 
 SCRATCH_VOCABULARY = 512
 TOKEN_FIELDS = {
@@ -42,13 +42,15 @@ def write_scratch(hf_config: dict, texts: list[str], folder: Path) -> None:
         "patch_size": vision["patch_size"], "merge_size": vision["spatial_merge_size"],
         "temporal_patch_size": vision["temporal_patch_size"], "min_pixels": 4 * side**2, "max_pixels": 16384 * side**2,
     }  # fmt: skip
-    generation = {"do_sample": False, "eos_token_id": ids["eos_token_id"], "pad_token_id": ids["pad_token_id"]}
+    stops = [ids["eos_token_id"], ids["pad_token_id"]]
+    generation = {"do_sample": False, "eos_token_id": stops, "pad_token_id": ids["pad_token_id"]}
     named = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
     _write(
         folder / "config.json", {**named, "torch_dtype": "float32", **hf_config, **ids, "vocab_size": len(tokenizer)}
     )
     _write(folder / "preprocessor_config.json", PREPROCESSOR | patches)
     _write(folder / "generation_config.json", generation)
+    _write(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
 def copy_published(source: Path, target: Path) -> list[str]:
@@ -60,10 +62,10 @@ def copy_published(source: Path, target: Path) -> list[str]:
     Raises:
       InputError: config.json or preprocessor_config.json is missing.
     """
-    for name in ("config.json", "preprocessor_config.json"):
-        if not (source / name).is_file():
+    for names in (("config.json",), ("preprocessor_config.json", "processor_config.json")):
+        if not any((source / name).is_file() for name in names):
             raise InputError(
-                f"{source}: no {name}", found=sorted(file.name for file in source.glob("*"))[:12] or "nothing",
+                f"{source}: no {names[0]}", found=sorted(file.name for file in source.glob("*"))[:12] or "nothing",
                 expected="a Hugging Face model folder", fix="correct --hf_dir or model.hf_dir, or complete the folder",
             )  # fmt: skip
     target.mkdir(parents=True, exist_ok=True)
@@ -71,10 +73,11 @@ def copy_published(source: Path, target: Path) -> list[str]:
     for file in sorted(files):
         shutil.copyfile(file, target / file.name)
     _rewrite(target / "config.json", flat_config)
-    _rewrite(
-        target / "preprocessor_config.json",
-        lambda values: values | {"image_processor_type": PREPROCESSOR["image_processor_type"]},
-    )
+    if not (target / "preprocessor_config.json").is_file():  # transformers 5 saves it inside processor_config.json
+        processor = json.loads((target / "processor_config.json").read_text())
+        _write(target / "preprocessor_config.json", processor["image_processor"])
+    (target / "processor_config.json").unlink(missing_ok=True)
+    _rewrite(target / "preprocessor_config.json", hub_preprocessor)
     if (target / "tokenizer_config.json").is_file():
         _rewrite(target / "tokenizer_config.json", lambda values: values | {"tokenizer_class": "Qwen2Tokenizer"})
     if not any((target / name).is_file() for name in TOKENIZER_FILES):
@@ -99,6 +102,14 @@ def flat_config(values: dict) -> dict:
     text["tie_word_embeddings"] = bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
     text.pop("layer_types", None)  # of version 5; follows from the rest
     return text
+
+
+def hub_preprocessor(values: dict) -> dict:
+    """Returns preprocessor_config.json with the class name that all versions know, and pixel limits by both names."""
+    size = values.get("size") or {}
+    limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+    known = {name: limit for name, limit in limits.items() if limit is not None}
+    return {**known, **values, "image_processor_type": PREPROCESSOR["image_processor_type"]}
 
 
 def _rewrite(file: Path, change) -> None:

@@ -148,11 +148,10 @@ class Qwen25VL(nnx.Module):
         return rope_turn(positions_BTZ[..., axis_k] * rope_frequencies(self.config.head_width, self.config.rope_theta))
 
     def head(self, hidden_BAD: jax.Array) -> jax.Array:
-        if self.config.tie_word_embeddings:
-            table_VD = self.model.embed_tokens.embedding[...]
-            logits_BAV = jnp.einsum("bad,vd->bav", hidden_BAD, table_VD, preferred_element_type=jnp.float32)
-        else:
-            logits_BAV = self.lm_head(hidden_BAD).astype(jnp.float32)
+        """Returns logits_BAV, summed in float32 whatever the dtype of the factors."""
+        tied = self.config.tie_word_embeddings
+        kernel_DV = self.model.embed_tokens.embedding[...].T if tied else self.lm_head.kernel[...]
+        logits_BAV = jnp.einsum("bad,dv->bav", hidden_BAD, kernel_DV, preferred_element_type=jnp.float32)
         return self.constrain(logits_BAV, "BAV")
 
 

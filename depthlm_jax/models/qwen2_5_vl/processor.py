@@ -12,6 +12,7 @@ from depthlm_jax.errors import InputError
 from depthlm_jax.models.qwen2_5_vl.config import read_config
 
 TURN_END, TURN_START = "<|im_end|>", "<|im_start|>"
+STOPS = (TURN_END, "<|endoftext|>")  # as in the published generation_config.json
 
 
 class Processor:
@@ -24,7 +25,7 @@ class Processor:
         if not self.tokenizer.chat_template:
             template = folder / "chat_template.json"
             self.tokenizer.chat_template = _json(folder, template.name)["chat_template"]
-        self.stop_tokens = (self._ids(TURN_END)[0],)
+        self.stop_tokens = tuple(self._ids(token)[0] for token in STOPS)
         self.pad_token = self.tokenizer.pad_token_id or 0
         self.digit_tokens = [self._ids(digit)[0] for digit in "0123456789"]
         self._prompt = functools.lru_cache(maxsize=1024)(self._prompt_ids)

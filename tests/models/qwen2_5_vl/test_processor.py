@@ -1,0 +1,178 @@
+"""The host side against transformers with the real vocabulary: everything here is exact."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from transformers import vision_utils
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+
+from depthlm_jax.errors import InputError
+from depthlm_jax.models.qwen2_5_vl.config import PREPROCESSOR
+from depthlm_jax.models.qwen2_5_vl.processor import Processor
+
+SIZES = tiny.sizes(
+    heads=4, kv_heads=2, mrope_section=[2, 3, 3], layers=1, inner=32, tied=True, depth=1, full=[], vision_heads=1,
+    vision_head_width=8, vision_inner=8, patch=14, window=112,
+)  # fmt: skip
+SIZES |= {
+    "vocab_size": 151936, "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}  # fmt: skip
+GRIDS = [[(3, 5)], [(4, 4)], [(9, 13)], [(6, 4), (5, 11)], [(1, 1), (8, 2)], []]
+QUESTION = "The image is 1204 × 876 px, f = 1000. How far — in metres — is the point at 12.5% / 7,25?\nThink first."
+
+
+@pytest.fixture(scope="module")
+def processor(qwen_tokenizer_dir, tmp_path_factory) -> Processor:
+    folder = tmp_path_factory.mktemp("qwen") / "folder"
+    shutil.copytree(qwen_tokenizer_dir, folder)
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return Processor(folder)
+
+
+@pytest.fixture(scope="module")
+def hf_images(processor):
+    return tiny.hf_image_processor(processor.tokenizer.name_or_path)
+
+
+def conversation(processor: Processor, grids, question: str, answer: str | None, header_after: bool) -> np.ndarray:
+    """Returns the token ids of the whole conversation as one text, image tokens multiplied in the text."""
+    content = [{"type": "image"}] * len(grids) + [{"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header_after)
+    for rows, columns in grids:  # as Qwen2_5_VLProcessor does
+        text = text.replace("<|image_pad|>", "<placeholder>" * (rows * columns), 1)
+    text = text.replace("<placeholder>", "<|image_pad|>")
+    if not header_after:
+        text = text.removesuffix("\n")  # the template's newline after the last end of turn is not learned
+    return np.array(processor.tokenizer(text)["input_ids"])
+
+
+@pytest.mark.parametrize("grids", GRIDS)
+def test_tokens(processor, grids):
+    images = tiny.random_images(processor.config, grids, seed=0)
+    for answer in (tiny.ANSWER, "12.03", None):
+        for loss_on in ("answer", "official"):
+            sample = processor.encode(images, QUESTION, answer, loss_on=loss_on)
+            expected = conversation(processor, grids, QUESTION, answer, answer is None or loss_on == "official")
+            np.testing.assert_array_equal(sample.tokens_T, expected)
+    assert (sample.tokens_T == 151655).sum() == sum(rows * columns for rows, columns in grids)
+
+
+@pytest.mark.parametrize("grids", GRIDS)
+def test_positions(processor, grids):
+    with torch.device("meta"):
+        model = Qwen2_5_VLModel(transformers.Qwen2_5_VLConfig.from_dict(SIZES))
+    sample = processor.encode(tiny.random_images(processor.config, grids, seed=0), QUESTION, tiny.ANSWER)
+    ids = torch.tensor(sample.tokens_T[None])
+    grid = torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in grids]).reshape(-1, 3)
+    expected, _ = model.get_rope_index(ids, (ids == 151655).int(), image_grid_thw=grid)
+    np.testing.assert_array_equal(sample.positions_TZ, expected[:, 0].T)
+
+
+@pytest.mark.parametrize("grids", GRIDS[:-1])
+def test_patches(processor, hf_images, grids):
+    """Same pixels, same places, same windows; the slots beyond an image's edge are empty."""
+    images = tiny.random_images(processor.config, grids, seed=0)
+    sample = processor.encode(images, QUESTION, tiny.ANSWER)
+    raw = hf_images(images, do_resize=False, do_rescale=False, do_normalize=False, return_tensors="pt")
+    grid = raw["image_grid_thw"]
+    assert grid.tolist() == [[1, 2 * rows, 2 * columns] for rows, columns in grids]
+    frames = raw["pixel_values"].numpy().reshape(-1, 3, 2, 196)
+    np.testing.assert_array_equal(frames[:, :, 0], frames[:, :, 1])
+    raster_M4C = frames[:, :, 0].reshape(-1, 4, 588)
+    index, window_ends = vision_utils.get_vision_window_index(grid, 2, 112, 14)
+
+    valid_P = sample.image_id_P > 0
+    assert sample.patches_PC.dtype == np.uint8
+    np.testing.assert_array_equal(sample.patches_PC[valid_P], raster_M4C[index].reshape(-1, 588))
+    assert not sample.patches_PC[~valid_P].any()
+    np.testing.assert_array_equal(valid_P.reshape(-1, 64).sum(1), np.diff(window_ends))
+    places = vision_utils.get_vision_position_ids(grid, 2).numpy().reshape(-1, 4, 2)[index].reshape(-1, 2)
+    np.testing.assert_array_equal(sample.patch_rc_P2[valid_P], places)
+    numbers = np.repeat(np.arange(len(grids)) + 1, [4 * rows * columns for rows, columns in grids])
+    np.testing.assert_array_equal(sample.image_id_P[valid_P], numbers)
+    seen_M = sample.vision_index_T[sample.tokens_T == 151655]  # what each image token stands for
+    np.testing.assert_array_equal(sample.patches_PC.reshape(-1, 4, 588)[seen_M], raster_M4C)
+    assert (sample.vision_index_T[sample.tokens_T != 151655] == -1).all()
+
+
+def test_on_grid_images_are_not_resized_there_either(processor, hf_images):
+    images = tiny.random_images(processor.config, [(2, 3), (43, 50)], seed=0)
+    with_resize, without = (hf_images(images, do_resize=on, return_tensors="np") for on in (True, False))
+    np.testing.assert_array_equal(with_resize["pixel_values"], without["pixel_values"])
+
+
+def supervised(processor: Processor, sample) -> str:
+    np.testing.assert_array_equal(sample.targets_A, sample.tokens_T[sample.answer_index_A + 1])
+    return processor.tokenizer.decode(sample.targets_A)
+
+
+def test_loss_on_answer(processor):
+    sample = processor.encode(tiny.random_images(processor.config, [(3, 5)], 0), QUESTION, "12.03")
+    assert supervised(processor, sample) == "12.03<|im_end|>"
+    assert sample.answer_index_A[-1] == len(sample.tokens_T) - 2
+    assert (sample.weights_A == 1).all()
+
+
+def test_loss_on_official(processor):
+    sample = processor.encode(
+        tiny.random_images(processor.config, [(3, 5), (2, 2)], 0), QUESTION, "12.03", loss_on="official"
+    )
+    is_text_T = sample.tokens_T != 151655
+    is_text_T[0] = False
+    np.testing.assert_array_equal(sample.answer_index_A + 1, np.flatnonzero(is_text_T))
+    text = supervised(processor, sample)
+    assert text.startswith("system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+    assert text.count("<|vision_start|><|vision_end|>") == 2
+    assert text.endswith(f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n12.03<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "official"])
+def test_digits_of_the_answer_alone_weigh_more(processor, loss_on):
+    sample = processor.encode([], "Is it 7 m?", "No, 12.03 m", loss_on=loss_on, digit_weight=3.0)
+    heavy = processor.tokenizer.convert_ids_to_tokens(sample.targets_A[sample.weights_A == 3])
+    assert heavy == ["1", "2", "0", "3"]
+    assert set(sample.weights_A) == {1.0, 3.0}
+
+
+def test_a_prompt_waits_for_its_next_token(processor):
+    sample = processor.encode([], QUESTION, None)
+    assert sample.answer_index_A.tolist() == [len(sample.tokens_T) - 1]
+    assert processor.tokenizer.decode(sample.tokens_T).endswith("<|im_start|>assistant\n")
+
+
+def test_decode_stops_at_the_end_of_turn(processor):
+    tokens = processor.tokenizer("2.35 m<|im_end|>\nand more")["input_ids"]
+    assert processor.decode(tokens) == "2.35 m"
+    assert processor.decode(tokens[:3]) == "2.3"
+
+
+def test_image_off_the_grid(processor):
+    with pytest.raises(InputError) as error:
+        processor.encode([np.zeros((56, 85, 3), np.uint8)], QUESTION, None)
+    for part in ("not on the patch grid", "85×56 px", "multiples of 28 px"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("question, answer", [("What is <|image_pad|>?", None), ("What?", "An <|image_pad|>")])
+def test_image_token_in_a_text(processor, question, answer):
+    with pytest.raises(InputError, match=r"(?s)do not match.*2 image tokens for 1 images.*remove image tokens"):
+        processor.encode([np.zeros((56, 84, 3), np.uint8)], question, answer)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_incomplete_folder(processor, tmp_path, name):
+    folder = tmp_path / "folder"
+    shutil.copytree(processor.tokenizer.name_or_path, folder)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=f"(?s){name}: cannot be read.*complete folder"):
+        Processor(folder)

@@ -1,0 +1,162 @@
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from depthlm_jax import config as config_module
+from depthlm_jax.config import Config, default_config, parse
+from depthlm_jax.errors import InputError
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def changed(path: str, value):
+    recipe = default_config()
+    *sections, name = path.split(".")
+    node = recipe
+    for section in sections:
+        node = node[section]
+    with node.unlocked(), node.ignore_type():
+        node[name] = value
+    return recipe
+
+
+def refusal(path: str, value) -> str:
+    with pytest.raises(InputError) as error:
+        parse(changed(path, value))
+    return str(error.value)
+
+
+def test_defaults_are_parsed_to_the_dataclass_defaults():
+    assert parse(default_config()) == Config()
+
+
+def test_a_change_arrives_and_an_integer_serves_as_float():
+    config = parse(changed("optim.weight_decay", 1))
+    assert config.optim.weight_decay == 1.0 and type(config.optim.weight_decay) is float
+    assert parse(changed("data.geometry.crop_width", [3, 5])).data.geometry.crop_width == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("optim.learning_rat", "optim.learning_rate"),
+        ("data.geometry.focal", "data.geometry.focal_px"),
+        ("evaluation", "eval"),
+        ("train.saves_steps", "train.save_steps"),
+    ],
+)
+def test_unknown_field_names_the_nearest(path, nearest):
+    text = refusal(path, 1)
+    assert f"config: unknown field {path!r}" in text
+    assert f"did you mean {nearest!r}?" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "found", "expected"),
+    [
+        ("train.max_steps", 1.5, "1.5 of type float", "int"),
+        ("train.max_steps", True, "True of type bool", "int"),
+        ("model.remat", 1, "1 of type int", "bool"),
+        ("optim.learning_rate", "1e-5", "'1e-5' of type str", "float"),
+        ("model.hf_config", "config.json", "'config.json' of type str", "dict"),
+        ("data.train", "train.jsonl", "'train.jsonl' of type str", "a section"),
+        ("data.geometry.mode", "oficial", "'oficial'", "corrected or official"),
+        ("data.label_kind", "Z", "'Z'", "z or ray or record"),
+        ("train.logging_steps", 0, "0", "at least 1"),
+        ("data.samples_per_row", -1, "-1", "at least 1"),
+        ("data.geometry.crop_width", (5, 3), "(5, 3)", "two whole numbers (smallest, largest)"),
+        ("data.geometry.crop_width", (5,), "(5,)", "two whole numbers (smallest, largest)"),
+        ("data.geometry.crop_height", (1.5, 2.5), "(1.5, 2.5)", "two whole numbers (smallest, largest)"),
+        ("data.geometry.crop_height", ("a", "b"), "('a', 'b')", "two whole numbers (smallest, largest)"),
+        ("data.geometry.crop_height", 700, "700", "two whole numbers (smallest, largest)"),
+    ],
+)
+def test_bad_value_is_named_with_what_was_found_and_expected(path, value, found, expected):
+    lines = [line.strip() for line in refusal(path, value).splitlines()]
+    assert lines[0] == f"config: bad value of {path}"
+    assert lines[1] == f"found:    {found}"
+    assert lines[2].removeprefix("expected: ").startswith(expected)
+    assert f"--config.{path}=" in lines[3]
+
+
+def test_missing_field_is_named():
+    recipe = default_config()
+    with recipe.unlocked():
+        del recipe.train["seed"]
+    with pytest.raises(InputError, match=r"config: train\.seed is missing"):
+        parse(recipe)
+
+
+def test_every_table_entry_names_a_field():
+    leaves = config_module.flatten(Config()).keys()
+    sections = {path.partition(".")[0] for path in leaves}
+    assert config_module.CHOICES.keys() <= leaves
+    assert set(config_module.POSITIVE) <= leaves
+    assert set(config_module.FREE_TO_CHANGE) <= leaves | sections
+
+
+def test_saved_config_is_loaded_equal(tmp_path):
+    recipe = default_config()
+    recipe.model.hf_config = dict(hidden_size=8, vision_config=dict(depth=2, blocks=[1, 3]))
+    recipe.data.geometry.crop_width = (11, 13)
+    recipe.optim.learning_rate = 1 / 3
+    config_module.save(parse(recipe), tmp_path / "config.json")
+    assert config_module.load(tmp_path / "config.json") == parse(recipe)
+
+
+def test_loading_is_as_strict_as_parsing(tmp_path):
+    values = dataclasses.asdict(Config())
+    values["train"]["sead"] = values["train"].pop("seed")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"did you mean 'train\.seed'"):
+        config_module.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("mesh.fsdp", 4),
+        ("eval.samples", 3),
+        ("eval.source.path", "x"),
+        ("train.save_steps", 7),
+        ("data.max_bad_records", 1),
+    ],
+)
+def test_a_run_may_continue_with_another(path, value):
+    config_module.check_same_run(Config(), parse(changed(path, value)), "runs/a")
+
+
+def test_a_run_may_not_continue_with_another_result_and_each_difference_is_named():
+    recipe = changed("optim.learning_rate", 0.5)
+    recipe.train.max_steps = 3
+    recipe.data.geometry.crop_width = (1, 2)
+    recipe.mesh.data = 4
+    recipe.model.hf_config = dict(hidden_size=8)
+    with pytest.raises(InputError) as error:
+        config_module.check_same_run(Config(), parse(recipe), "runs/a")
+    text = str(error.value)
+    assert text.startswith("runs/a holds a run of another config")
+    for difference in (
+        "optim.learning_rate: 1e-05 there, 0.5 here",
+        "train.max_steps: 1000 there, 3 here",
+        "data.geometry.crop_width: [1000, 1400] there, [1, 2] here",
+        "model.hf_config.hidden_size: None there, 8 here",
+    ):
+        assert difference in text
+    assert "mesh" not in text and "--workdir" in text
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_is_valid(file):
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = parse(module.get_config())
+    assert config != Config()
+
+
+def test_there_are_recipes():
+    assert "demo" in [file.stem for file in RECIPES]

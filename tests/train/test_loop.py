@@ -1,0 +1,279 @@
+"""Real training of a tiny model: what a run leaves behind, and that an interruption changes nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import worlds
+
+from depthlm_jax import checkpoint, log, sharding
+from depthlm_jax import config as config_module
+from depthlm_jax import run as runs
+from depthlm_jax.config import Config
+from depthlm_jax.data import pipeline
+from depthlm_jax.data.records import open_source
+from depthlm_jax.errors import InputError
+from depthlm_jax.models import registry
+from depthlm_jax.train import loop, step
+
+STEPS = {"train.max_steps": 12, "train.save_steps": 4, "train.logging_steps": 1}
+STOP_AT = 7  # between the checkpoints of steps 4 and 8
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Watched:
+    """Batches that remember what they gave, and call `interrupt` instead of giving the one of a step."""
+
+    def __init__(self, batches: pipeline.Batches, stop_at: int | None = None, interrupt=None):
+        self.batches, self.stop_at, self.interrupt = batches, stop_at, interrupt
+        self.record_ids: list[tuple[str, ...]] = []
+
+    def __next__(self) -> pipeline.Rows:
+        if self.batches.get_state()["step"] + 1 == self.stop_at:
+            self.interrupt()
+        rows = next(self.batches)
+        self.record_ids.append(rows.record_ids)
+        return rows
+
+    def get_state(self) -> dict:
+        return self.batches.get_state()
+
+    def set_state(self, state: dict) -> None:
+        self.batches.set_state(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A run on one device whose step is compiled once for all tests of this file."""
+
+    config: Config
+    run: runs.Run
+    trainer: loop.Trainer
+    first: dict  # parameters of step 0, on the host
+
+    def batches(self, config: Config | None = None) -> pipeline.Batches:
+        config = config or self.config
+        return pipeline.training_batches(open_source(config.data.train), self.run.processor, config)
+
+    def first_parameters(self) -> dict:
+        return jax.tree.map(
+            lambda x, place: jax.device_put(x.copy(), place), self.first, self.trainer.shardings.parameters
+        )
+
+    def train(self, workdir: Path, batches, config: Config | None = None) -> step.State:
+        return loop.run(self.trainer, config or self.config, workdir, batches, self.first_parameters)
+
+
+def open_world(scenes: Path, workdir: Path) -> World:
+    config = worlds.config(scenes, STEPS)
+    run = runs.open_run(config, workdir, create=True)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1], rows=8, heads=run.processor.config.heads)
+    network = registry.build(config.model.family, run.processor.config, sharding.constrainer(mesh))
+    run = dataclasses.replace(run, mesh=mesh, network=network)
+    first = jax.tree.map(np.array, runs.first_parameters(run))
+    return World(config, run, loop.make_trainer(network, config, mesh), first)
+
+
+@pytest.fixture(scope="module")
+def world(scenes, tmp_path_factory) -> World:
+    return open_world(scenes, tmp_path_factory.mktemp("workdir"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    workdir: Path
+    record_ids: list[tuple[str, ...]]
+    leaves: list[np.ndarray]
+    journal: list[dict]
+
+
+def result(world: World, workdir: Path, batches: Watched) -> Result:
+    state = world.train(workdir, batches)
+    leaves = [np.array(leaf) for leaf in jax.tree.leaves(state)]
+    return Result(workdir, batches.record_ids, leaves, log.Journal(workdir).read())
+
+
+@pytest.fixture(scope="module")
+def whole(world) -> Result:
+    """The run that nothing interrupts."""
+    return result(world, world.run.workdir, Watched(world.batches()))
+
+
+def assert_same_leaves(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+
+
+def without_times(journal: list[dict]) -> list[dict]:
+    return [{name: value for name, value in record.items() if "per_second" not in name} for record in journal]
+
+
+def test_loss_falls(whole):
+    losses = [record["loss"] for record in whole.journal]
+    assert [record["step"] for record in whole.journal] == list(range(1, 13))
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_journal_holds_the_rates_of_its_steps(whole):
+    assert whole.journal[0]["learning_rate"] == 0
+    assert max(record["learning_rate"] for record in whole.journal) == pytest.approx(1e-2)
+    for record in whole.journal:
+        assert {"loss", "mean_token_accuracy", "num_tokens", "grad_norm", "samples_per_second"} < record.keys()
+
+
+def test_the_last_two_checkpoints_are_kept(whole):
+    folders = {folder.name for folder in (whole.workdir / "checkpoints").iterdir() if folder.is_dir()}
+    assert {name for name in folders if name.isdigit()} == {"8", "12"}
+
+
+def test_a_checkpoint_holds_state_position_and_config(world, whole):
+    checkpoints = checkpoint.Checkpoints(whole.workdir)
+    abstract = world.trainer.abstract
+    parameters, optimizer, position = checkpoints.restore(12, abstract.parameters, abstract.optimizer)
+    assert_same_leaves([np.int32(12), *map(np.array, jax.tree.leaves((parameters, optimizer)))], whole.leaves)
+    assert position == {"step": 12}
+    latest, alone = checkpoints.restore_parameters(abstract.parameters)
+    assert latest == 12
+    assert_same_leaves(*([np.array(leaf) for leaf in jax.tree.leaves(tree)] for tree in (alone, parameters)))
+    stored = checkpoints.manager.restore(12, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+    assert stored["config"] == json.loads((whole.workdir / "config.json").read_text())
+    checkpoints.close()
+
+
+def test_the_config_of_the_run_is_saved(world, whole):
+    assert config_module.load(whole.workdir / "config.json") == world.config
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(world, whole, tmp_path):
+    def interrupt():
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        world.train(tmp_path, Watched(world.batches(), STOP_AT, interrupt))
+    assert [record["step"] for record in log.Journal(tmp_path).read()] == [1, 2, 3, 4, 5, 6]
+    again = result(world, tmp_path, Watched(world.batches()))
+    assert again.record_ids == whole.record_ids[4:]
+    assert_same_leaves(again.leaves, whole.leaves)
+    assert without_times(again.journal) == without_times(whole.journal)
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(world, whole, scenes, tmp_path):
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, str(scenes), str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | paths)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    runs.open_run(world.config, tmp_path, create=True)
+    again = result(world, tmp_path, Watched(world.batches()))
+    assert again.record_ids == whole.record_ids[4:]
+    assert_same_leaves(again.leaves, whole.leaves)
+    assert without_times(again.journal) == without_times(whole.journal)
+
+
+def test_a_finished_run_started_again_does_nothing(world, whole):
+    runs.open_run(world.config, whole.workdir, create=True)
+    before = worlds.listing(whole.workdir)
+    again = result(world, whole.workdir, Watched(world.batches()))
+    assert_same_leaves(again.leaves, whole.leaves)
+    assert again.record_ids == []
+    assert worlds.listing(whole.workdir) == before
+
+
+def test_a_run_of_another_config_is_refused_and_left_as_it_is(world, whole, scenes):
+    before = worlds.listing(whole.workdir)
+    other = worlds.config(scenes, STEPS | {"train.seed": 5, "optim.learning_rate": 0.5, "mesh.fsdp": 2})
+    with pytest.raises(InputError) as error:
+        runs.open_run(other, whole.workdir, create=True)
+    text = str(error.value)
+    assert f"{whole.workdir} holds a run of another config" in text
+    assert "train.seed: 0 there, 5 here" in text and "optim.learning_rate: 0.01 there, 0.5 here" in text
+    assert "mesh" not in text
+    assert worlds.listing(whole.workdir) == before
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(world, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        runs.open_run(world.config, tmp_path / "file" / "workdir", create=True)
+
+
+def test_a_run_that_is_not_there_is_not_made_unless_asked_for(world, tmp_path):
+    with pytest.raises(InputError, match="no run here"):
+        runs.open_run(world.config, tmp_path, create=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_checkpoint_has_no_trained_parameters(world, scenes, tmp_path):
+    with pytest.raises(InputError, match="no checkpoint"):
+        runs.trained_parameters(runs.open_run(world.config, tmp_path, create=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model.random_weights": False}, "no weights to start from"),
+        ({"model.family": "qwen3"}, r"unknown model.family 'qwen3'[\s\S]*qwen2_5_vl"),
+        ({"train.gradient_accumulation_steps": 3}, r"8 rows / 3[\s\S]*one of \[1, 2, 4, 8\]"),
+        ({"data.global_batch_rows": 12}, r"does not divide the rows[\s\S]*a multiple of 8"),
+    ],
+)
+def test_a_config_that_cannot_be_run_is_refused(scenes, tmp_path, changes, text):
+    with pytest.raises(InputError, match=text):
+        runs.open_run(worlds.config(scenes, STEPS | changes), tmp_path, create=True)
+
+
+@pytest.fixture
+def damaged(scenes, tmp_path) -> dict:
+    """Changes that make the config read a JSONL file of 8 lines, two of them bad."""
+    file = worlds.write_jsonl(scenes, tmp_path, 8)
+    worlds.rewrite_line(file, 3, lambda fields: fields | {"depth": [float("nan")] * len(fields["depth"])})
+    (tmp_path / "4.png").unlink()
+    return {"data.train.path": str(file), "data.read_threads": 1}
+
+
+def test_too_many_bad_records_stop_the_run(world, scenes, tmp_path, damaged):
+    config = worlds.config(scenes, STEPS | damaged | {"data.max_bad_records": 1})
+    with pytest.raises(InputError) as error:
+        world.train(tmp_path / "workdir", world.batches(config), config)
+    text = str(error.value)
+    assert text.startswith("2 bad records, the last is record ")
+    assert "train.jsonl:3: depth is not" in text or "train.jsonl:5: cannot read image" in text
+    assert "at most data.max_bad_records=1" in text
+
+
+def test_bad_records_within_the_limit_are_logged_once_and_left_out(world, scenes, tmp_path, damaged, capsys):
+    config = worlds.config(scenes, STEPS | damaged | {"data.max_bad_records": 2})
+    batches = Watched(world.batches(config))
+    world.train(tmp_path / "workdir", batches, config)  # meets them in each of twelve epochs
+    assert all("train.jsonl:3" not in ids and "train.jsonl:5" not in ids for ids in batches.record_ids)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
+    assert len(said) == 2
+    assert any("train.jsonl:3: depth is not a positive" in line for line in said)
+    assert any("train.jsonl:5: cannot read image" in line for line in said)
+
+
+def train_until_killed(scenes: Path, workdir: Path) -> None:
+    """Ends itself without any goodbye, once the first checkpoint is complete."""
+
+    def die():
+        while not (workdir / "checkpoints" / "4").exists():  # it is written in the background
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    this = open_world(scenes, workdir)
+    this.train(workdir, Watched(this.batches(), STOP_AT, die))
+
+
+if __name__ == "__main__":
+    train_until_killed(*map(Path, sys.argv[1:]))

@@ -1,0 +1,242 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+
+from depthlm_jax import config, tree
+from depthlm_jax.train import optim, step
+
+ROWS, TOKENS, ANSWERS, WIDTH, VOCABULARY = 8, 6, 5, 7, 11
+
+
+def bag_logits(parameters: dict, batch: dict) -> jax.Array:
+    """A model small enough to compute by hand: the logits of a slot depend on the token it stands at."""
+    hidden_BTD = parameters["embed"]["embedding"][batch["tokens_BT"]] + parameters["norm"]["bias"]
+    hidden_BAD = jnp.take_along_axis(hidden_BTD, batch["answer_index_BA"][..., None], axis=1)
+    return hidden_BAD @ parameters["head"]["kernel"]
+
+
+@pytest.fixture
+def parameters():
+    rng = np.random.default_rng(0)
+    shapes = {"embed/embedding": (VOCABULARY, WIDTH), "norm/bias": (WIDTH,), "head/kernel": (WIDTH, VOCABULARY)}
+    return tree.unflatten({path: jnp.float32(rng.normal(size=shape)) for path, shape in shapes.items()})
+
+
+@pytest.fixture
+def batch():
+    """Rows with very different numbers of supervised tokens, and weights other than one."""
+    rng = np.random.default_rng(1)
+    supervised = np.arange(ANSWERS) < np.array([1, 5, 1, 5, 0, 4, 1, 5])[:, None]
+    return {
+        "tokens_BT": rng.integers(0, VOCABULARY, (ROWS, TOKENS)),
+        "answer_index_BA": rng.integers(0, TOKENS, (ROWS, ANSWERS)),
+        "targets_BA": rng.integers(0, VOCABULARY, (ROWS, ANSWERS)),
+        "weights_BA": np.float32(supervised * rng.uniform(0.5, 4, (ROWS, ANSWERS))),
+    }
+
+
+def losses_by_hand(parameters, batch) -> np.ndarray:
+    """Returns −log p of each target in float64."""
+    values = {path: np.float64(value) for path, value in tree.flatten(parameters).items()}
+    hidden = (values["embed/embedding"][batch["tokens_BT"]] + values["norm/bias"])[
+        np.arange(ROWS)[:, None], batch["answer_index_BA"]
+    ]
+    logits = hidden @ values["head/kernel"]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_p, batch["targets_BA"][..., None], axis=-1)[..., 0]
+
+
+def take_step(parameters, batch, optimizer, accumulate=1, dtype=jnp.float32, logits=bag_logits):
+    run = jax.jit(step.make_train_step(logits, optimizer, dtype, accumulate))
+    return run(step.State(jnp.int32(0), parameters, optimizer.init(parameters)), batch)
+
+
+def test_loss_is_the_sum_over_the_sum():
+    rng = np.random.default_rng(2)
+    logits, targets = rng.normal(size=(2, 3, 4)) * 3, rng.integers(0, 4, (2, 3))
+    weights = np.array([[1.0, 5.0, 0.0], [2.0, 0.0, 0.0]])
+    sums = step.answer_loss(jnp.float32(logits), targets, jnp.float32(weights))
+    expected = sum(
+        weights[b, a] * (math.log(sum(math.exp(v) for v in logits[b, a])) - logits[b, a, targets[b, a]])
+        for b in range(2)
+        for a in range(3)
+    )
+    assert float(sums["loss"]) == pytest.approx(expected, rel=1e-6)
+    assert (float(sums["weight"]), int(sums["tokens"])) == (8.0, 3)
+    assert int(sums["right"]) == ((logits.argmax(-1) == targets) & (weights > 0)).sum()
+
+
+def test_loss_equals_the_one_of_pytorch():
+    rng = np.random.default_rng(3)
+    logits, targets = rng.normal(size=(4, 5, 9)).astype(np.float32), rng.integers(0, 9, (4, 5))
+    mask = rng.random((4, 5)) < 0.6
+    sums = step.answer_loss(jnp.asarray(logits), targets, jnp.float32(mask))
+    labels = torch.tensor(np.where(mask, targets, -100))
+    theirs = torch.nn.functional.cross_entropy(torch.tensor(logits).flatten(0, 1), labels.flatten())
+    assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(theirs), rel=1e-6)
+
+
+def test_metrics_of_a_step(parameters, batch):
+    _, metrics = take_step(parameters, batch, optax.sgd(0.1))
+    weights = batch["weights_BA"]
+    expected = (losses_by_hand(parameters, batch) * weights).sum() / weights.sum()
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
+    assert int(metrics["num_tokens"]) == (weights > 0).sum() == 22
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_slots_without_weight_do_not_matter(parameters, batch, accumulate):
+    rng = np.random.default_rng(4)
+    idle = batch["weights_BA"] == 0
+    other = batch | {
+        "targets_BA": np.where(idle, rng.integers(0, VOCABULARY, idle.shape), batch["targets_BA"]),
+        "answer_index_BA": np.where(idle, rng.integers(0, TOKENS, idle.shape), batch["answer_index_BA"]),
+    }
+    assert not np.array_equal(other["targets_BA"], batch["targets_BA"])
+    results = [take_step(parameters, b, optax.adam(0.1), accumulate) for b in (batch, other)]
+    for one, same in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, same, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_change_nothing(parameters, batch, accumulate):
+    """SGD, so that the update is the gradient itself and no optimizer hides a wrong scale."""
+    (whole, metrics), (parts, in_parts) = (take_step(parameters, batch, optax.sgd(1.0), n) for n in (1, accumulate))
+    for name in metrics:
+        assert float(in_parts[name]) == pytest.approx(float(metrics[name]), rel=1e-6), name
+    for one, same in zip(jax.tree.leaves(whole.parameters), jax.tree.leaves(parts.parameters), strict=True):
+        np.testing.assert_allclose(one, same, rtol=1e-6, atol=1e-6 * float(np.abs(one).max()))
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_mean_of_means_would_be_noticed(parameters, batch, accumulate):
+    losses, weights = losses_by_hand(parameters, batch), batch["weights_BA"]
+    whole = (losses * weights).sum() / weights.sum()
+    micro = [
+        (losses[rows] * weights[rows]).sum() / weights[rows].sum()
+        for rows in (slice(start, None, accumulate) for start in range(accumulate))
+    ]
+    assert abs(np.mean(micro) - whole) > 1e-3 * whole
+
+
+def test_a_batch_without_answers_changes_nothing(parameters, batch):
+    empty = batch | {"weights_BA": np.zeros_like(batch["weights_BA"])}
+    state, metrics = take_step(parameters, empty, optax.sgd(1.0))
+    assert float(metrics["loss"]) == 0 and float(metrics["grad_norm"]) == 0
+    for before, after in zip(jax.tree.leaves(parameters), jax.tree.leaves(state.parameters), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_only_answers_are_trained_on(parameters, batch):
+    """Logits that stand at no supervised slot get no gradient."""
+
+    def gradient(logits):
+        return step.answer_loss(logits, batch["targets_BA"], batch["weights_BA"])["loss"]
+
+    logits = jnp.float32(np.random.default_rng(5).normal(size=(ROWS, ANSWERS, VOCABULARY)))
+    reached = np.abs(jax.grad(gradient)(logits)).sum(-1) > 0
+    np.testing.assert_array_equal(reached, batch["weights_BA"] > 0)
+
+
+# The optimizer
+
+
+def gradient_of_update(parameters, gradient, **settings) -> dict:
+    """Returns the update of the first step after a warm-up of none."""
+    optimizer = optim.make_optimizer(config.Optim(warmup_ratio=0.0, learning_rate=1.0, **settings), max_steps=10)
+    return optimizer.update(gradient, optimizer.init(parameters), parameters)[0]
+
+
+@pytest.mark.parametrize("norm", [0.1, 50.0])
+def test_gradients_are_clipped_by_their_global_norm(parameters, norm):
+    gradient = jax.tree.map(lambda x: x * norm / optax.tree.norm(parameters), parameters)
+    # With an epsilon far above the gradients Adam is linear in them.
+    update = gradient_of_update(parameters, gradient, adam_eps=1e6, max_grad_norm=0.5)
+    assert float(optax.tree.norm(update)) * 1e6 == pytest.approx(min(norm, 0.5), rel=1e-3)
+
+
+@pytest.mark.parametrize(("ratio", "steps"), [(0.1, 50), (0.03, 70), (0.0, 20), (0.25, 10), (1.0, 4)])
+def test_learning_rate_is_the_one_of_transformers(ratio, steps):
+    settings = config.Optim(learning_rate=0.3, warmup_ratio=ratio)
+    warmup = math.ceil(ratio * steps)  # as transformers.Trainer rounds
+    torch_optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
+    theirs = transformers.get_cosine_schedule_with_warmup(torch_optimizer, warmup, steps)
+    ours = optim.make_schedule(settings, steps)
+    for number in range(steps):
+        assert float(ours(number)) == pytest.approx(theirs.get_last_lr()[0], rel=1e-5, abs=1e-8), number
+        torch_optimizer.step()
+        theirs.step()
+
+
+def test_learning_rate_at_its_corners():
+    schedule = optim.make_schedule(config.Optim(learning_rate=0.3, warmup_ratio=0.1), 50)
+    assert float(schedule(0)) == 0
+    assert float(schedule(5)) == pytest.approx(0.3)
+    assert 0 < float(schedule(49)) < 0.001
+    assert float(schedule(50)) == pytest.approx(0, abs=1e-8)
+
+
+def test_weight_decay_acts_on_kernels_and_embeddings_alone(parameters):
+    assert tree.flatten(optim.decayed(parameters)) == {
+        "embed/embedding": True, "head/kernel": True, "norm/bias": False
+    }  # fmt: skip
+    still = jax.tree.map(jnp.zeros_like, parameters)
+    update = tree.flatten(gradient_of_update(parameters, still, weight_decay=0.25))
+    for path, value in tree.flatten(parameters).items():
+        np.testing.assert_allclose(update[path], 0 if path == "norm/bias" else -0.25 * value, rtol=1e-6)
+
+
+def test_adam_is_the_one_of_pytorch(parameters):
+    rng = np.random.default_rng(6)
+    settings = config.Optim(learning_rate=0.1, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=1e9)
+    optimizer = optim.make_optimizer(settings, max_steps=10**9)  # constant over three steps
+    ours = {"head": parameters["head"]}
+    theirs = torch.nn.Parameter(torch.tensor(np.asarray(ours["head"]["kernel"])))
+    torch_optimizer = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    state = optimizer.init(ours)
+    for _ in range(3):
+        gradient = rng.normal(size=theirs.shape).astype(np.float32)
+        update, state = optimizer.update({"head": {"kernel": jnp.asarray(gradient)}}, state, ours)
+        ours = optax.apply_updates(ours, update)
+        theirs.grad = torch.tensor(gradient)
+        torch_optimizer.step()
+    np.testing.assert_allclose(ours["head"]["kernel"], theirs.detach(), rtol=1e-5, atol=1e-5)
+
+
+# Precision
+
+
+def test_compute_is_in_the_compute_dtype_and_masters_stay_float32(parameters, batch):
+    seen = []
+
+    def logits(parameters, batch):
+        seen.extend(leaf.dtype for leaf in jax.tree.leaves(parameters))
+        return bag_logits(parameters, batch)
+
+    optimizer = optim.make_optimizer(config.Optim(), 10)
+    state, metrics = take_step(parameters, batch, optimizer, dtype=jnp.bfloat16, logits=logits)
+    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.parameters, metrics["loss"]))} == {jnp.dtype(jnp.float32)}
+    moments = [leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert set(moments) == {jnp.dtype(jnp.float32)}
+
+
+def test_updates_that_bfloat16_would_swallow_are_kept(parameters, batch):
+    large = jax.tree.map(lambda x: x + 100, parameters)  # bfloat16 steps by 0.5 there
+    optimizer = optax.sgd(1e-3)
+    run = jax.jit(step.make_train_step(bag_logits, optimizer, jnp.bfloat16, 1))
+    state = step.State(jnp.int32(0), large, optimizer.init(large))
+    distances = []
+    for _ in range(4):
+        state, _ = run(state, batch)
+        moved = state.parameters["head"]["kernel"] - large["head"]["kernel"]
+        distances.append(float(jnp.abs(moved).max()))
+    assert 0 < distances[0] < 0.25, "the case is not a small update"
+    assert distances == sorted(distances) and distances[3] > 1.5 * distances[0]
+    assert int(state.step) == 4
