@@ -98,8 +98,22 @@ def read_parameters(
         yield rule.path, (np.stack(parts) if "{}" in rule.tensor else parts[0])
 
 
-def write_parameters(folder: Path, rules: list[Rule], parameters: dict[str, np.ndarray], dtype) -> None:
-    """Writes model*.safetensors (and the index, where there are several files) in hub layout."""
+def write_parameters(
+    folder: Path,
+    rules: list[Rule],
+    parameters: dict[str, np.ndarray],
+    dtype,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes model*.safetensors (and the index, where there are several files) in hub layout.
+
+    Args:
+      folder: exists.
+      rules: of the family; one for each parameter.
+      parameters: by path.
+      dtype: on disk.
+      progress: called with the number of tensors written and of all tensors, after each file.
+    """
     shapes = {path: tuple(value.shape) for path, value in parameters.items()}
     item = np.dtype(dtype).itemsize
     sizes = {name: int(np.prod(shape)) * item for name, shape in tensor_shapes(rules, shapes).items()}
@@ -111,6 +125,7 @@ def write_parameters(folder: Path, rules: list[Rule], parameters: dict[str, np.n
         content = {name: value for name, value in (next(tensors) for _ in names)}
         safetensors.numpy.save_file(content, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
+        progress(len(weight_map), len(sizes))
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -23,7 +23,7 @@ def export_run(run: Run, output: Path) -> int:
         step, parameters = trained_parameters(run)
         registry.family(run.config.model.family).copy_published(run.base, staging)
         leaves = {path: np.asarray(value) for path, value in tree.flatten(parameters).items()}
-        hf.write_parameters(staging, run.network.rules, leaves, stored_dtype(staging))
+        hf.write_parameters(staging, run.network.rules, leaves, stored_dtype(staging), log.Progress("tensors written"))
         _note_training(staging, run.config)
     return step
 
@@ -35,8 +35,10 @@ def convert_folder(source: Path, output: Path, family_name: str) -> None:
         for warning in family.copy_published(source, staging):
             log.say(f"warning: {warning}")
         network = registry.build(family_name, family.read_config(*read_jsons(staging)))
-        leaves = dict(hf.read_parameters(source, network.rules, network.shapes))
-        hf.write_parameters(staging, network.rules, leaves, next(iter(leaves.values())).dtype)
+        reading = hf.read_parameters(source, network.rules, network.shapes)
+        leaves = dict(log.track(reading, len(network.rules), "parameters read"))
+        dtype = next(iter(leaves.values())).dtype
+        hf.write_parameters(staging, network.rules, leaves, dtype, log.Progress("tensors written"))
 
 
 def read_jsons(folder: Path) -> tuple[dict, dict]:
@@ -51,9 +53,12 @@ def _staged(output: Path) -> Iterator[Path]:
     staging = output.with_name(f"{output.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
     make_writable(staging)
-    yield staging
-    shutil.rmtree(output, ignore_errors=True)
-    staging.rename(output)
+    try:
+        yield staging
+        shutil.rmtree(output, ignore_errors=True)
+        staging.rename(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _refuse_foreign(output: Path) -> None:

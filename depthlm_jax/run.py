@@ -140,7 +140,8 @@ def import_parameters(network: registry.Network, folder: Path, mesh: jax.shardin
     """Returns the weights of a Hugging Face folder on the mesh, float32; one parameter at a time in host memory."""
     places = tree.flatten(sharding.parameter_places(mesh, network.axes, network.shapes))
     leaves = {}
-    for path, value in hf.read_parameters(folder, network.rules, network.shapes):
+    reading = hf.read_parameters(folder, network.rules, network.shapes)
+    for path, value in log.track(reading, len(network.rules), "parameters read"):
         value = value.astype(np.float32)
         leaves[path] = jax.make_array_from_callback(value.shape, places[path], lambda index, value=value: value[index])
     return tree.unflatten(leaves)

@@ -10,7 +10,6 @@ from depthlm_jax.cli import command
 from depthlm_jax.eval import evaluate, report
 
 COLUMNS = ["delta1", "delta2", "delta3", "abs_rel", "rmse", "parse_failure_rate", "n"]
-SHEET = 24  # pictures
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -27,7 +26,9 @@ def run(values: flags.FlagValues) -> dict:
     step, parameters = runs.trained_parameters(this)
     result = evaluate.evaluate(this, parameters)
     scores = evaluate.save(result, step, output)
-    report.answer_sheet(result.examples[:SHEET], result.answers_m[:SHEET], result.texts[:SHEET], output / "answers.png")
+    first = result.answers[: len(result.shown)]
+    answers_m, texts = [answer.answer_m for answer in first], [answer.text for answer in first]
+    report.answer_sheet(result.shown, answers_m, texts, output / "answers.png")
     report.scatter(result.truth_m, result.answers_m, output / "scatter.png")
     constant = scores["best_constant"]
     log.say(
@@ -37,5 +38,6 @@ def run(values: flags.FlagValues) -> dict:
         )
     )
     log.say(f"δ1 is {scores['model']['delta1'] / constant['delta1']:.2f} × the best constant answer's")
-    log.say(f"excluded points: {result.excluded} · questions not asked: {result.short} · pictures and files: {output}")
+    log.say(f"excluded points: {result.excluded_points} · questions not asked: {result.questions_not_asked}")
+    log.say(f"pictures and files: {output}")
     return scores

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,34 +19,49 @@ from depthlm_jax.eval import decode, metrics
 from depthlm_jax.run import Run
 
 SIZE_STEPS = 8  # a row's sizes are rounded up to eighths of the training row: few compilations, little padding
+SHOWN = 24  # questions whose images are kept for a picture
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """Answers in the order of the questions."""
+class Answer:
+    """One question and what the model said."""
 
-    examples: list[Example]
-    texts: list[str]
-    answers_m: list[float | None]
-    excluded: int  # points whose marker does not fit into the image
-    short: int  # questions that could not be asked, because an image has too few points
+    record_id: str
+    pixel: tuple[int, int]  # x, y in the image that the marker was drawn on
+    question: str
+    truth_m: float
+    text: str
+    answer_m: float | None  # None: no number could be read
+
+
+@dataclasses.dataclass
+class Result:
+    """All answers in the order of the questions; only the first questions keep their images."""
+
+    answers: list[Answer] = dataclasses.field(default_factory=list)
+    shown: list[Example] = dataclasses.field(default_factory=list)
+    excluded_points: int = 0  # no candidates, because the marker does not fit into the image
+    questions_not_asked: int = 0  # because an image has too few points
 
     @property
     def truth_m(self) -> np.ndarray:
-        return np.array([example.truth_m for example in self.examples])
+        return np.array([answer.truth_m for answer in self.answers])
+
+    @property
+    def answers_m(self) -> list[float | None]:
+        return [answer.answer_m for answer in self.answers]
 
     def scores(self) -> dict:
-        """Returns the metrics of the model and of the best constant answer."""
-        ids = [example.record_id for example in self.examples]
+        """Returns the metrics of the model and of the best constant answer; None where nothing could be measured."""
+        ids = [answer.record_id for answer in self.answers]
         constant_m, _ = metrics.best_constant(self.truth_m)
+        model = metrics.depth_metrics(self.answers_m, self.truth_m, ids)
+        constant = metrics.depth_metrics([constant_m] * len(ids), self.truth_m, ids)
         return {
-            "model": metrics.depth_metrics(self.answers_m, self.truth_m, ids),
-            "best_constant": {
-                "answer_m": constant_m,
-                **metrics.depth_metrics([constant_m] * len(ids), self.truth_m, ids),
-            },
-            "excluded_points": self.excluded,
-            "questions_not_asked": self.short,
+            "model": {name: None if math.isnan(value) else value for name, value in model.items()},
+            "best_constant": {"answer_m": constant_m, **constant},
+            "excluded_points": self.excluded_points,
+            "questions_not_asked": self.questions_not_asked,
         }
 
 
@@ -57,58 +73,71 @@ def evaluate(run: Run, parameters: dict) -> Result:
       parameters: on the mesh, float32.
 
     Raises:
-      InputError: no question can be asked.
+      InputError: no question can be asked, or the mesh does not divide eval.batch_rows.
     """
-    config = run.config
-    records = open_source(config.eval.source)
-    asked = list(
-        log.track(
-            pipeline.evaluation_questions(records, run.processor, config),
-            min(config.eval.samples, len(records)),
-            "images",
-        )
-    )
-    examples = [example for questions in asked for example in questions.examples]
-    if not examples:
+    settings, stops = run.config.eval, run.processor.stop_tokens
+    _check_rows(run)
+    dtype = jnp.dtype(run.config.model.compute_dtype)
+    greedy = decode.make_greedy(run.network, dtype, settings.max_new_tokens, stops)
+    result, progress = Result(), log.Progress("answers")
+    for examples in _groups(run, result):
+        batch = sharding.put_batch(run.mesh, _prompts(run, examples))
+        tokens_BG = np.asarray(greedy(parameters, batch))[: len(examples)]
+        for example, tokens_G in zip(examples, tokens_BG, strict=True):
+            text = run.processor.decode(decode.cut(tokens_G, stops))
+            about = example.record_id, example.pixel, example.question, example.truth_m
+            result.answers.append(Answer(*about, text, tasks.parse_answer(text)))
+        result.shown += examples[: SHOWN - len(result.shown)]
+        progress(len(result.answers) + result.questions_not_asked, settings.samples)
+    if not result.answers:
         raise InputError(
-            f"{config.eval.source.path}: no question to ask", found=f"{len(records)} records, no usable point",
+            f"{settings.source.path}: no question to ask", found=f"{result.excluded_points} points, none usable",
             expected="labelled points with room for the marker", fix="give another eval.source",
         )  # fmt: skip
-    dtype = jnp.dtype(config.model.compute_dtype)
-    stops = run.processor.stop_tokens
-    greedy = decode.make_greedy(run.network, dtype, config.eval.max_new_tokens, stops)
-    texts = []
-    for batch, count in log.track(
-        _batches(run, examples), -(-len(examples) // config.eval.batch_rows), "answer batches"
-    ):
-        tokens_BG = np.asarray(greedy(parameters, sharding.put_batch(run.mesh, batch)))
-        texts += [run.processor.decode(decode.cut(tokens_G, stops)) for tokens_G in tokens_BG[:count]]
-    excluded, short = sum(q.excluded for q in asked), sum(q.short for q in asked)
-    return Result(examples, texts, [tasks.parse_answer(text) for text in texts], excluded, short)
+    return result
 
 
-def _batches(run: Run, examples: list[Example]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Yields batches of one prompt a row, and how many of their rows are questions (the rest repeat the last one)."""
+def _check_rows(run: Run) -> None:
+    shares, rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"], run.config.eval.batch_rows
+    if rows % shares:
+        raise InputError(
+            f"mesh: data × fsdp = {shares} does not divide the rows of evaluation", found=f"eval.batch_rows={rows}",
+            expected=f"a multiple of {shares}", fix="set --config.eval.batch_rows, or the mesh",
+        )  # fmt: skip
+
+
+def _groups(run: Run, result: Result) -> Iterator[list[Example]]:
+    """Yields the questions in groups of eval.batch_rows, the last may be smaller; `result` counts the rest."""
+    waiting: list[Example] = []
     rows = run.config.eval.batch_rows
-    for start in range(0, len(examples), rows):
-        group = examples[start : start + rows]
-        samples = [run.processor.encode([example.image], example.question, None) for example in group]
-        padded = [*samples, *[samples[-1]] * (rows - len(samples))]
-        shape = _shape(run, samples)
-        merged = run.processor.config.patches_per_merged
-        yield packing.stack([packing.pack([sample], shape, merged) for sample in padded]), len(group)
+    for questions in pipeline.evaluation_questions(open_source(run.config.eval.source), run.processor, run.config):
+        result.excluded_points += questions.excluded
+        result.questions_not_asked += questions.short
+        waiting += questions.examples
+        while len(waiting) >= rows:
+            yield waiting[:rows]
+            waiting = waiting[rows:]
+    if waiting:
+        yield waiting
 
 
-def _shape(run: Run, samples: list[batch_contract.Sample]) -> batch_contract.RowShape:
-    full = pipeline.row_shape(run.config.data, run.processor.config)
+def _prompts(run: Run, examples: list[Example]) -> dict[str, np.ndarray]:
+    """Returns a batch of one prompt a row; rows without a question repeat the last one."""
+    samples = [run.processor.encode([example.image], example.question, None) for example in examples]
+    padded = [*samples, *[samples[-1]] * (run.config.eval.batch_rows - len(samples))]
+    shape, merged = _row_shape(run, samples), run.processor.config.patches_per_merged
+    return packing.stack([packing.pack([sample], shape, merged) for sample in padded])
+
+
+def _row_shape(run: Run, samples: list[batch_contract.Sample]) -> batch_contract.RowShape:
+    full, unit = pipeline.row_shape(run.config.data, run.processor.config), run.processor.config.patch_slot_unit
     tokens = max(len(sample.tokens_T) for sample in samples)
     patches = max(len(sample.patches_PC) for sample in samples)
-    unit = run.processor.config.patch_slot_unit
     return batch_contract.RowShape(
         _round_up(tokens, max(1, full.tokens // SIZE_STEPS)),
         _round_up(patches, unit * max(1, full.patches // unit // SIZE_STEPS)),
-        1,
-        full.channels,
+        answers=1,
+        channels=full.channels,
     )
 
 
@@ -120,11 +149,6 @@ def save(result: Result, step: int, folder: Path) -> dict:
     """Writes metrics.json and predictions.jsonl; returns the content of the former."""
     report = {"step": step, **result.scores()}
     (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
-    with (folder / "predictions.jsonl").open("w") as out:
-        for example, text, answer_m in zip(result.examples, result.texts, result.answers_m, strict=True):
-            line = {
-                "record_id": example.record_id, "pixel": example.pixel, "truth_m": example.truth_m,
-                "answer_m": answer_m, "text": text, "question": example.question,
-            }  # fmt: skip
-            out.write(json.dumps(line) + "\n")
+    lines = [json.dumps(dataclasses.asdict(answer)) for answer in result.answers]
+    (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
     return report

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+MAX_QUERIES, MIN_QUERIES = 1024, 128  # of a chunk: below the one memory is no concern, below the other speed is
+
 
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale, computed in float32. Source: Zhang & Sennrich 2019."""
@@ -54,8 +56,28 @@ def rotate(x_BTNK: jax.Array, turn: Turn) -> jax.Array:
 
 
 def attention(q_BTNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Returns softmax(q·k / √K) v where the mask is true, softmax in float32; fewer key heads are shared (GQA)."""
-    return jax.nn.dot_product_attention(q_BTNK, k_BSNK, v_BSNK, mask=mask_BTS[:, None], implementation="xla")
+    """Returns softmax(q·k / √K) v where the mask is true, softmax in float32; fewer key heads are shared (GQA).
+
+    Long rows go through it a chunk of queries at a time, recomputed in the backward pass: memory grows with chunk × S,
+    not with T × S.
+    """
+
+    def attend(queries: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BQNK, mask_BQS = queries
+        return jax.nn.dot_product_attention(q_BQNK, k_BSNK, v_BSNK, mask=mask_BQS[:, None], implementation="xla")
+
+    rows, length = q_BTNK.shape[:2]
+    chunk = query_chunk(length)
+    if chunk == length:
+        return attend((q_BTNK, mask_BTS))
+    chunks = [jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0) for x in (q_BTNK, mask_BTS)]
+    return jnp.moveaxis(jax.lax.map(jax.checkpoint(attend), tuple(chunks)), 0, 1).reshape(q_BTNK.shape)
+
+
+def query_chunk(length: int) -> int:
+    """Returns the queries of a chunk: the largest divisor of the length up to MAX_QUERIES, or all if it is small."""
+    divisor = max(d for d in range(1, min(length, MAX_QUERIES) + 1) if length % d == 0)
+    return divisor if divisor >= MIN_QUERIES else length
 
 
 def same_segment(queries_BT: jax.Array, keys_BS: jax.Array) -> jax.Array:
