@@ -220,16 +220,21 @@ def load(file: Path) -> Config:
     return _parse_section(Config, json.loads(file.read_text()), "")
 
 
-def check_same_run(saved: Config, current: Config, where: str) -> None:
-    """Raises InputError, naming each difference, if `current` cannot continue the run of `saved`."""
+def differences(saved: Config, current: Config) -> list[str]:
+    """Returns a line for each field that is not free to change and differs."""
     before, now = flatten(saved), flatten(current)
-    differences = [
+    return [
         f"{path}: {before.get(path)!r} there, {now.get(path)!r} here"
         for path in sorted(before.keys() | now.keys())
         if before.get(path) != now.get(path) and not path.startswith(FREE_TO_CHANGE)
     ]
-    if differences:
+
+
+def check_same_run(saved: Config, current: Config, where: str) -> None:
+    """Raises InputError, naming each difference, if `current` cannot continue the run of `saved`."""
+    found = differences(saved, current)
+    if found:
         raise InputError(
-            f"{where} holds a run of another config", found="; ".join(differences), expected="the same values",
+            f"{where} holds a run of another config", found="; ".join(found), expected="the same values",
             fix="give a new --workdir, or the config that this one was started with",
         )  # fmt: skip

@@ -31,25 +31,17 @@ class Run:
         return self.workdir / "base"
 
 
-def open_run(config: config_module.Config, workdir: Path, *, create: bool) -> Run:
-    """Returns the run of a workdir.
-
-    Args:
-      config: has to agree with the config that the workdir was started with.
-      workdir: folder of the run.
-      create: start one where there is none.
+def open_run(config: config_module.Config, workdir: Path) -> Run:
+    """Returns the run of a workdir to be trained; begins one where there is none.
 
     Raises:
-      InputError: the folder cannot be written, holds another run, or holds none and `create` is false.
+      InputError: the folder cannot be written, or holds a run of another config.
     """
     workdir = Path(workdir)
     saved = workdir / "config.json"
     if saved.exists():
         config_module.check_same_run(config_module.load(saved), config, str(workdir))
-        if create:
-            make_writable(workdir)
-    elif not create:
-        raise _no_run(workdir)
+        make_writable(workdir)
     elif jax.process_index() == 0:
         make_writable(workdir)
         write_base(config.model, workdir / "base")
@@ -60,20 +52,29 @@ def open_run(config: config_module.Config, workdir: Path, *, create: bool) -> Ru
     return run
 
 
-def reopen(workdir: Path) -> Run:
-    """Returns the run of a workdir with the config it was started with, on one device."""
+def reopen(workdir: Path, wanted: config_module.Config | None = None) -> Run:
+    """Returns the run of a workdir with the config it was trained with, for reading.
+
+    Args:
+      workdir: of a training run.
+      wanted: mesh and evaluation settings; where its other fields differ from the run's, it says so and keeps the
+        run's. None: one device.
+
+    Raises:
+      InputError: there is no run.
+    """
     file = workdir / "config.json"
     if not file.exists():
-        raise _no_run(workdir)
+        raise InputError(
+            f"{workdir}: no run here", found=sorted(file.name for file in workdir.glob("*")) or "nothing",
+            expected="config.json, base/ and checkpoints/ of a training run", fix="train first, or correct --workdir",
+        )  # fmt: skip
     saved = config_module.load(file)
-    return connect(dataclasses.replace(saved, mesh=config_module.Mesh(1, 1, 1)), workdir, jax.devices()[:1])
-
-
-def _no_run(workdir: Path) -> InputError:
-    return InputError(
-        f"{workdir}: no run here", found=sorted(file.name for file in workdir.glob("*")) or "nothing",
-        expected="config.json, base/ and checkpoints/ of a training run", fix="train first, or correct --workdir",
-    )  # fmt: skip
+    if wanted is None:
+        return connect(dataclasses.replace(saved, mesh=config_module.Mesh(1, 1, 1)), workdir, jax.devices()[:1])
+    for difference in config_module.differences(saved, wanted):
+        log.say(f"{workdir} was trained with another value, which is used: {difference}")
+    return connect(dataclasses.replace(saved, mesh=wanted.mesh, eval=wanted.eval), workdir, jax.devices())
 
 
 def connect(config: config_module.Config, workdir: Path, devices: list) -> Run:

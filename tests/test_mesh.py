@@ -35,7 +35,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def train(scenes, tmp_path_factory):
     """Yields the function (data, fsdp, tensor, micro-batches) → five steps, always from the same start."""
-    run = runs.open_run(worlds.config(scenes, CHANGES), tmp_path_factory.mktemp("workdir"), create=True)
+    run = runs.open_run(worlds.config(scenes, CHANGES), tmp_path_factory.mktemp("workdir"))
     batches = pipeline.training_batches(open_source(run.config.data.train), run.processor, run.config)
     rows = [next(batches).arrays for _ in range(STEPS)]
     assert {2} <= set(np.unique(rows[0]["segments_BT"])), "no row has two samples"

@@ -19,19 +19,20 @@ from depthlm_jax.train import loop
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)).replace("\\\n", "")
 COMMANDS = [line for line in BLOCKS.splitlines() if line.startswith("python -m depthlm_jax")]
 SCRIPTS = [line for line in BLOCKS.splitlines() if line.startswith("bash")]
 
 SMALL_ROWS = (
     "--config.data.global_batch_rows=8 --config.data.max_tokens=512 --config.data.max_patches=1024 "
     "--config.data.geometry.focal_px=100.0 --config.data.geometry.crop_width=(0,0) --config.train.max_steps=1 "
+    "--config.train.gradient_accumulation_steps=1 "
     "--config.model.compute_dtype=float32"
 )
 EXTRA = {  # what a test adds to a command so that it ends soon; the command itself stays as printed
     "preview": f"{SMALL_ROWS} --samples=3",
     "train 3b": SMALL_ROWS,
-    "evaluate 3b": f"{SMALL_ROWS} --config.eval.samples=3 --config.eval.batch_rows=8 --config.eval.max_new_tokens=4",
+    "evaluate 3b": "--config.eval.samples=3 --config.eval.batch_rows=8 --config.eval.max_new_tokens=4",
     "train ibims1": "--config.train.max_steps=4 --config.data.max_tokens=700 --config.data.global_batch_rows=8",
 }
 
@@ -49,7 +50,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def train(config: Config, workdir: Path) -> None:
-    this = runs.open_run(config, workdir, create=True)
+    this = runs.open_run(config, workdir)
     batches = pipeline.training_batches(open_source(config.data.train), this.processor, config)
     trainer = loop.make_trainer(this.network, config, this.mesh)
     loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this))

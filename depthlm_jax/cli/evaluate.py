@@ -21,7 +21,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> dict:
     config, workdir = command.read_config(values), command.read_path(values, "workdir")
     output = Path(values.output or workdir / "evaluation")
-    this = runs.open_run(config, workdir, create=False)
+    this = runs.reopen(workdir, config)
     runs.make_writable(output)
     step, parameters = runs.trained_parameters(this)
     result = evaluate.evaluate(this, parameters)

@@ -23,7 +23,7 @@ def run(values: flags.FlagValues) -> dict:
     if values.distributed:
         jax.distributed.initialize()
     records = open_source(config.data.train)
-    this = runs.open_run(config, workdir, create=True)
+    this = runs.open_run(config, workdir)
     batches = pipeline.training_batches(records, this.processor, config, jax.process_index(), jax.process_count())
     log.say(
         f"{tree.count(this.network.abstract):,} parameters · mesh {dict(this.mesh.shape)} on {len(jax.devices())} "

@@ -13,7 +13,7 @@ QUESTIONS = {"eval.samples": 19, "eval.batch_rows": 8, "eval.max_new_tokens": 4}
 
 
 def open_run(scenes, workdir, changes=None) -> runs.Run:
-    return runs.open_run(worlds.config(scenes, QUESTIONS | (changes or {})), workdir, create=True)
+    return runs.open_run(worlds.config(scenes, QUESTIONS | (changes or {})), workdir)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,18 @@ def test_an_untrained_model_is_not_measured_but_counted(result):
     assert scores["model"]["delta1"] == 0
     assert scores["model"]["abs_rel"] is None
     assert 0 < scores["best_constant"]["delta1"] < 1
+
+
+def test_a_run_is_evaluated_as_it_was_trained(run, scenes, capsys):
+    wanted = worlds.config(scenes, QUESTIONS | {"data.label_kind": "ray", "eval.samples": 3, "mesh.fsdp": 2})
+    again = runs.reopen(run.workdir, wanted)
+    assert again.config.data.label_kind == "z"
+    assert again.config.eval.samples == 3
+    assert again.mesh.shape["fsdp"] == 2
+    assert (
+        "was trained with another value, which is used: data.label_kind: 'z' there, 'ray' here"
+        in capsys.readouterr().out
+    )
 
 
 def test_files_hold_all_answers(result, tmp_path):

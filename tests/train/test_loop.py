@@ -78,7 +78,7 @@ class World:
 
 def open_world(scenes: Path, workdir: Path) -> World:
     config = worlds.config(scenes, STEPS)
-    run = runs.open_run(config, workdir, create=True)
+    run = runs.open_run(config, workdir)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1], rows=8, heads=run.processor.config.heads)
     network = registry.build(config.model.family, run.processor.config, sharding.constrainer(mesh))
     run = dataclasses.replace(run, mesh=mesh, network=network)
@@ -174,7 +174,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world, whole, scenes, tmp_path)
     command = [sys.executable, __file__, str(scenes), str(tmp_path)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | paths)
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    runs.open_run(world.config, tmp_path, create=True)
+    runs.open_run(world.config, tmp_path)
     again = result(world, tmp_path, Watched(world.batches()))
     assert again.record_ids == whole.record_ids[4:]
     assert_same_leaves(again.leaves, whole.leaves)
@@ -182,7 +182,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world, whole, scenes, tmp_path)
 
 
 def test_a_finished_run_started_again_does_nothing(world, whole):
-    runs.open_run(world.config, whole.workdir, create=True)
+    runs.open_run(world.config, whole.workdir)
     before = worlds.listing(whole.workdir)
     again = result(world, whole.workdir, Watched(world.batches()))
     assert_same_leaves(again.leaves, whole.leaves)
@@ -194,7 +194,7 @@ def test_a_run_of_another_config_is_refused_and_left_as_it_is(world, whole, scen
     before = worlds.listing(whole.workdir)
     other = worlds.config(scenes, STEPS | {"train.seed": 5, "optim.learning_rate": 0.5, "mesh.fsdp": 2})
     with pytest.raises(InputError) as error:
-        runs.open_run(other, whole.workdir, create=True)
+        runs.open_run(other, whole.workdir)
     text = str(error.value)
     assert f"{whole.workdir} holds a run of another config" in text
     assert "train.seed: 0 there, 5 here" in text and "optim.learning_rate: 0.01 there, 0.5 here" in text
@@ -205,18 +205,18 @@ def test_a_run_of_another_config_is_refused_and_left_as_it_is(world, whole, scen
 def test_a_workdir_that_cannot_be_written_is_refused(world, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
-        runs.open_run(world.config, tmp_path / "file" / "workdir", create=True)
+        runs.open_run(world.config, tmp_path / "file" / "workdir")
 
 
 def test_a_run_that_is_not_there_is_not_made_unless_asked_for(world, tmp_path):
     with pytest.raises(InputError, match="no run here"):
-        runs.open_run(world.config, tmp_path, create=False)
+        runs.reopen(tmp_path, world.config)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_without_checkpoint_has_no_trained_parameters(world, scenes, tmp_path):
     with pytest.raises(InputError, match="no checkpoint"):
-        runs.trained_parameters(runs.open_run(world.config, tmp_path, create=True))
+        runs.trained_parameters(runs.open_run(world.config, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_run_without_checkpoint_has_no_trained_parameters(world, scenes, tmp_p
 )
 def test_a_config_that_cannot_be_run_is_refused(scenes, tmp_path, changes, text):
     with pytest.raises(InputError, match=text):
-        runs.open_run(worlds.config(scenes, STEPS | changes), tmp_path, create=True)
+        runs.open_run(worlds.config(scenes, STEPS | changes), tmp_path)
 
 
 @pytest.fixture
