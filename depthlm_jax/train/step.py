@@ -47,16 +47,33 @@ def make_train_step(logits: Callable, optimizer: optax.GradientTransformation, c
         sums = answer_loss(logits_BAV, batch["targets_BA"], batch["weights_BA"])
         return sums["loss"], sums
 
-    def add_micro(carry, batch):
-        (_, sums), gradient = jax.value_and_grad(micro_sums, has_aux=True)(carry[2], batch)
-        return (*jax.tree.map(jnp.add, carry[:2], (sums, gradient)), carry[2]), None
+    differentiate = jax.value_and_grad(micro_sums, has_aux=True)
+
+    def sums_and_gradient(parameters: dict, batch: dict[str, jax.Array]) -> tuple[dict, dict]:
+        (_, sums), gradient = differentiate(parameters, batch)
+        return sums, gradient
+
+    def add_up(parameters: dict, batch: dict[str, jax.Array]) -> tuple[dict, dict]:
+        """Returns sums and gradient of all micro-batches, one at a time in memory."""
+        if accumulate == 1:
+            return sums_and_gradient(parameters, batch)
+        # Every device's own rows are dealt out to the micro-batches, so that no row moves between devices.
+        dealt = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        shapes = jax.eval_shape(sums_and_gradient, parameters, jax.tree.map(lambda x: x[0], dealt))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def add(total: tuple[dict, dict], micro: dict[str, jax.Array]):
+            return jax.tree.map(jnp.add, total, sums_and_gradient(parameters, micro)), None
+
+        return jax.lax.scan(add, zero, dealt)[0]
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict]:
-        (_, sums), gradient = _sum_micro(micro_sums, add_micro, state.parameters, batch, accumulate)
-        gradient = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradient)
+        sums, gradient = add_up(state.parameters, batch)
+        weight = jnp.maximum(sums["weight"], 1e-9)
+        gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         metrics = {
-            "loss": sums["loss"] / jnp.maximum(sums["weight"], 1e-9),
+            "loss": sums["loss"] / weight,
             "mean_token_accuracy": sums["right"] / jnp.maximum(sums["tokens"], 1),
             "num_tokens": sums["tokens"],
             "grad_norm": optax.tree.norm(gradient),
@@ -64,15 +81,3 @@ def make_train_step(logits: Callable, optimizer: optax.GradientTransformation, c
         return State(state.step + 1, optax.apply_updates(state.parameters, updates), optimizer_state), metrics
 
     return step
-
-
-def _sum_micro(micro_sums, add_micro, parameters, batch, accumulate):
-    """Returns ((loss, sums), gradient) of the whole batch, one micro-batch at a time in memory."""
-    if accumulate == 1:
-        return jax.value_and_grad(micro_sums, has_aux=True)(parameters, batch)
-    # Every device's own rows are dealt out to the micro-batches, so that no row moves between devices.
-    dealt = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-    sums = {"loss": 0.0, "weight": 0.0, "right": 0, "tokens": 0}
-    zero = jax.tree.map(jnp.asarray, sums), jax.tree.map(jnp.zeros_like, parameters)
-    (sums, gradient, _), _ = jax.lax.scan(add_micro, (*zero, parameters), dealt)
-    return (sums["loss"], sums), gradient
