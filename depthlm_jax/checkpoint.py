@@ -13,12 +13,18 @@ KEPT = 2  # checkpoints on disk: the last, and the one before in case the last i
 
 
 class Checkpoints:
-    """The checkpoints under `workdir/checkpoints`; saving is asynchronous."""
+    """The checkpoints under `workdir/checkpoints`; saving is asynchronous.
 
-    def __init__(self, workdir: Path):
-        policy = ocp.checkpoint_managers.LatestN(KEPT)
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+    Whoever only reads says so: a writer clears away unfinished saves, which may be those of a run in progress.
+    """
+
+    def __init__(self, workdir: Path, *, read_only: bool = False):
         self.folder = Path(workdir).resolve() / "checkpoints"
+        if read_only and not self.folder.is_dir():
+            raise self._none()
+        policy = ocp.checkpoint_managers.LatestN(KEPT)
+        writing = {} if read_only else {"preservation_policy": policy, "cleanup_tmp_directories": True}
+        options = ocp.CheckpointManagerOptions(read_only=read_only, create=not read_only, **writing)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     @property
@@ -37,35 +43,52 @@ class Checkpoints:
         self.manager.save(step, args=items, force=True)
 
     def restore(self, step: int, parameters: dict, optimizer) -> tuple[dict, object, dict]:
-        """Returns parameters, optimizer state and data position.
+        """Returns parameters, optimizer state, and {"data": position, "config": of the run}.
 
         Args:
           step: of a complete checkpoint.
           parameters: ShapeDtypeStructs with the shardings that the arrays shall have.
           optimizer: likewise.
+
+        Raises:
+          InputError: the checkpoint is damaged.
         """
         items = ocp.args.Composite(
             parameters=ocp.args.StandardRestore(parameters),
             optimizer=ocp.args.StandardRestore(optimizer),
             run=ocp.args.JsonRestore(),
         )
-        found = self.manager.restore(step, args=items)
-        return found["parameters"], found["optimizer"], found["run"]["data"]
+        found = self._read(step, items)
+        return found["parameters"], found["optimizer"], found["run"]
 
     def restore_parameters(self, parameters: dict) -> tuple[int, dict]:
         """Returns the latest step and its parameters, without the optimizer.
 
         Raises:
-          InputError: there is no checkpoint.
+          InputError: there is no checkpoint, or it is damaged.
         """
         step = self.latest_step
         if step is None:
-            raise InputError(
-                f"{self.folder}: no checkpoint", found=sorted(file.name for file in self.folder.glob("*")) or "nothing",
-                expected="the checkpoint of a training run", fix="train first, or give that run's --workdir",
-            )  # fmt: skip
+            raise self._none()
         items = ocp.args.Composite(parameters=ocp.args.StandardRestore(parameters))
-        return step, self.manager.restore(step, args=items)["parameters"]
+        return step, self._read(step, items)["parameters"]
+
+    def _read(self, step: int, items: ocp.args.Composite):
+        try:
+            return self.manager.restore(step, args=items)
+        except Exception as error:  # noqa: BLE001 Orbax and TensorStore raise many kinds for a lost or cut file
+            others = [other for other in self.manager.all_steps() if other != step]
+            raise InputError(
+                f"{self.folder / str(step)}: cannot be read", found=f"{type(error).__name__}: {str(error)[:300]}",
+                expected="a complete checkpoint of this model",
+                fix=f"move it away; what is left then: {others or 'none'}",
+            ) from error  # fmt: skip
+
+    def _none(self) -> InputError:
+        return InputError(
+            f"{self.folder}: no checkpoint", found=sorted(file.name for file in self.folder.glob("*")) or "nothing",
+            expected="the checkpoint of a training run", fix="train first, or give that run's --workdir",
+        )  # fmt: skip
 
     def close(self) -> None:
         """Waits for the last save; raises if it failed."""

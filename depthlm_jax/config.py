@@ -6,12 +6,13 @@ dataclasses and rejects what it does not know, naming the nearest field.
 
 import dataclasses
 import difflib
-import json
+import math
 import typing
 from pathlib import Path
 
 import ml_collections
 
+from depthlm_jax import files
 from depthlm_jax.errors import InputError
 
 
@@ -116,11 +117,27 @@ CHOICES = {
     "data.label_kind": ("z", "ray", "record"),
     "train.loss_on": ("answer", "official"),
 }
-POSITIVE = (
-    "data.marker_scale", "data.global_batch_rows", "data.samples_per_row", "data.max_tokens", "data.max_patches",
-    "data.max_answer_tokens", "train.max_steps", "train.gradient_accumulation_steps", "train.save_steps",
-    "train.logging_steps", "eval.samples", "eval.batch_rows", "eval.max_new_tokens",
-)  # fmt: skip
+COUNT = 1, 2**31 - 1
+AMOUNT = 0, 2**31 - 1
+RANGES = {  # of numbers, both ends included
+    **dict.fromkeys(
+        (
+            "data.marker_scale", "data.global_batch_rows", "data.samples_per_row", "data.max_tokens",
+            "data.max_patches", "data.max_answer_tokens", "train.max_steps", "train.gradient_accumulation_steps",
+            "train.save_steps", "train.logging_steps", "eval.samples", "eval.batch_rows", "eval.max_new_tokens",
+        ),
+        COUNT,
+    ),
+    **dict.fromkeys(
+        (
+            "model.seed", "train.seed", "eval.seed", "data.max_bad_records", "data.read_threads", "data.prefetch_rows",
+            "data.geometry.focal_px", "train.digit_weight", "optim.learning_rate", "optim.weight_decay",
+        ),
+        AMOUNT,
+    ),
+    "optim.warmup_ratio": (0, 1), "optim.adam_b1": (0, 1), "optim.adam_b2": (0, 1), "optim.adam_eps": (0, 1),
+    "optim.max_grad_norm": (1e-12, 2**31 - 1),
+}  # fmt: skip
 # What may differ between a workdir and the run that continues it: it changes speed or reporting, not the result.
 FREE_TO_CHANGE = (
     "mesh", "eval", "train.save_steps", "train.logging_steps", "data.read_threads", "data.prefetch_rows",
@@ -175,8 +192,9 @@ def _parse_value(kind, value, path: str):
         raise _bad_value(path, f"{value!r} of type {type(value).__name__}", kind.__name__)
     if path in CHOICES and value not in CHOICES[path]:
         raise _bad_value(path, repr(value), " or ".join(CHOICES[path]))
-    if path in POSITIVE and value < 1:
-        raise _bad_value(path, value, "at least 1")
+    low, high = RANGES.get(path, (-math.inf, math.inf))
+    if isinstance(value, (int, float)) and not low <= value <= high:
+        raise _bad_value(path, value, f"{low} to {high}")
     return value
 
 
@@ -210,14 +228,17 @@ def flatten(config: Config) -> dict[str, object]:
 
 def save(config: Config, file: Path) -> None:
     """Writes the config as JSON, whole or not at all."""
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    unfinished.replace(file)
+    files.write_json(file, dataclasses.asdict(config))
 
 
 def load(file: Path) -> Config:
     """Returns the config that `save` wrote."""
-    return _parse_section(Config, json.loads(file.read_text()), "")
+    return from_dict(files.read_json(file, "restore the file, or give another --workdir"))
+
+
+def from_dict(values: dict) -> Config:
+    """Returns the config whose nested dict this is."""
+    return _parse_section(Config, values, "")
 
 
 def differences(saved: Config, current: Config) -> list[str]:

@@ -25,7 +25,7 @@ class Layout:
 
     read: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # (tensor, shape here) → parameter
     write: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # (parameter, shape there) → tensor
-    there: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None  # shape here → shape there; None: ask the rule
+    there: Callable[[tuple[int, ...]], tuple[int, ...]]  # shape here → shape there
 
 
 SAME = Layout(lambda x, _: x, lambda x, _: x, lambda s: s)
@@ -102,7 +102,7 @@ def write_parameters(
     folder: Path,
     rules: list[Rule],
     parameters: dict[str, np.ndarray],
-    dtype,
+    dtype: np.dtype | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Writes model*.safetensors (and the index, where there are several files) in hub layout.
@@ -111,12 +111,16 @@ def write_parameters(
       folder: exists.
       rules: of the family; one for each parameter.
       parameters: by path.
-      dtype: on disk.
+      dtype: on disk; None: each parameter's own.
       progress: called with the number of tensors written and of all tensors, after each file.
     """
     shapes = {path: tuple(value.shape) for path, value in parameters.items()}
-    item = np.dtype(dtype).itemsize
-    sizes = {name: int(np.prod(shape)) * item for name, shape in tensor_shapes(rules, shapes).items()}
+    items = {
+        name: np.dtype(dtype or parameters[rule.path].dtype).itemsize
+        for rule in rules
+        for name in rule.tensors(shapes[rule.path])
+    }
+    sizes = {name: int(np.prod(shape)) * items[name] for name, shape in tensor_shapes(rules, shapes).items()}
     groups = _split(sizes)
     tensors = _tensors(rules, parameters, dtype)
     weight_map = {}
@@ -137,7 +141,7 @@ def _tensors(rules: list[Rule], parameters: dict, dtype) -> Iterator[tuple[str, 
         rule, stacked = by_path[path], np.asarray(value)
         shape = rule.shape_there(stacked.shape)
         for name, part in zip(rule.tensors(stacked.shape), stacked if "{}" in rule.tensor else [stacked], strict=True):
-            yield name, np.ascontiguousarray(rule.layout.write(part, shape).astype(dtype))
+            yield name, np.ascontiguousarray(rule.layout.write(part, shape).astype(dtype or stacked.dtype))
 
 
 def _split(sizes: dict[str, int]) -> list[list[str]]:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from depthlm_jax.errors import InputError
+
 LINE_SECONDS = 5.0  # between two progress lines of a long loop
 
 
@@ -66,5 +68,11 @@ class Journal:
         """Returns the records; of a step that was written twice (before and after a resume), the last."""
         if not self.file.exists():
             return []
-        records = [json.loads(line) for line in self.file.read_text().splitlines()]
+        try:
+            records = [json.loads(line) for line in self.file.read_text().splitlines()]
+        except ValueError as error:
+            raise InputError(
+                f"{self.file}: a line cannot be read", found=error, expected="one JSON object a line",
+                fix="remove that line",
+            ) from error  # fmt: skip
         return list({record["step"]: record for record in records}.values())

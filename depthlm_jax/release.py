@@ -1,7 +1,6 @@
 """Weights → a Hugging Face folder that PyTorch loads."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from depthlm_jax import config as config_module
-from depthlm_jax import hf, log, tree
+from depthlm_jax import files, hf, log, tree
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import registry
-from depthlm_jax.run import Run, make_writable, stored_dtype, trained_parameters
+from depthlm_jax.run import Run, stored_dtype, trained_parameters
 
 NOTE = "depthlm"  # key in config.json; other readers ignore it
 
@@ -37,37 +36,41 @@ def convert_folder(source: Path, output: Path, family_name: str) -> None:
         network = registry.build(family_name, family.read_config(*read_jsons(staging)))
         reading = hf.read_parameters(source, network.rules, network.shapes)
         leaves = dict(log.track(reading, len(network.rules), "parameters read"))
-        dtype = next(iter(leaves.values())).dtype
-        hf.write_parameters(staging, network.rules, leaves, dtype, log.Progress("tensors written"))
+        hf.write_parameters(staging, network.rules, leaves, None, log.Progress("tensors written"))
 
 
 def read_jsons(folder: Path) -> tuple[dict, dict]:
     """Returns config.json and preprocessor_config.json of a folder."""
-    return tuple(json.loads((folder / name).read_text()) for name in ("config.json", "preprocessor_config.json"))
+    names = "config.json", "preprocessor_config.json"
+    return tuple(files.read_json(folder / name, "use a complete Hugging Face folder") for name in names)
 
 
 @contextlib.contextmanager
 def _staged(output: Path) -> Iterator[Path]:
-    """Yields a folder beside `output` that takes its place when all is written."""
+    """Yields a folder beside `output` that takes its place when all is written; an earlier export goes last."""
     _refuse_foreign(output)
-    staging = output.with_name(f"{output.name}.incomplete")
+    staging, old = (output.with_name(f"{output.name}.{state}") for state in ("incomplete", "old"))
     shutil.rmtree(staging, ignore_errors=True)
-    make_writable(staging)
+    files.make_writable(staging)
     try:
         yield staging
-        shutil.rmtree(output, ignore_errors=True)
-        staging.rename(output)
-    finally:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if output.exists():
+        output.rename(old)
+    staging.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _refuse_foreign(output: Path) -> None:
-    """Raises InputError if the folder holds anything but an earlier export of a run."""
+    """Raises InputError if `output` is a file, or holds anything but an earlier export of a run."""
     config = output / "config.json"
-    ours = config.is_file() and NOTE in json.loads(config.read_text())
-    if output.exists() and any(output.iterdir()) and not ours:
+    ours = config.is_file() and NOTE in files.read_json(config, "give another --output")
+    found = ["a file"] if output.is_file() else sorted(file.name for file in output.glob("*"))
+    if found and not ours:
         raise InputError(
-            f"{output} is not empty", found=sorted(file.name for file in output.iterdir())[:6],
+            f"{output} is not empty", found=found[:6],
             expected="a new or empty folder, or an earlier export of a run", fix="give another --output",
         )  # fmt: skip
 
@@ -80,4 +83,4 @@ def _note_training(output: Path, config: config_module.Config) -> None:
         "focal_px": data.geometry.focal_px, "geometry": data.geometry.mode, "label_kind": data.label_kind,
         "reference": "red arrow", "marker_scale": data.marker_scale, "unit": "m",
     }  # fmt: skip
-    file.write_text(json.dumps({**json.loads(file.read_text()), NOTE: note}, indent=2) + "\n")
+    files.write_json(file, {**files.read_json(file, "export again"), NOTE: note})

@@ -1,15 +1,14 @@
 """What every command that touches a model needs: its folder, processor, mesh, network, parameters."""
 
 import dataclasses
-import json
-import os
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from depthlm_jax import checkpoint, hf, log, sharding, tree
+from depthlm_jax import checkpoint, files, hf, log, sharding, tree
 from depthlm_jax import config as config_module
 from depthlm_jax.data import tasks
 from depthlm_jax.errors import InputError
@@ -41,15 +40,37 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
     saved = workdir / "config.json"
     if saved.exists():
         config_module.check_same_run(config_module.load(saved), config, str(workdir))
-        make_writable(workdir)
-    elif jax.process_index() == 0:
-        make_writable(workdir)
-        write_base(config.model, workdir / "base")
+    if jax.process_index() == 0:
+        files.make_writable(workdir)
+        if not saved.exists():
+            _begin(config.model, workdir / "base")
     multihost_utils.sync_global_devices("base folder")
-    run = connect(config, workdir, jax.devices())
+    rows, accumulate = config.data.global_batch_rows, config.train.gradient_accumulation_steps
+    if rows % accumulate:
+        raise InputError(
+            "config: train.gradient_accumulation_steps does not divide the rows", found=f"{rows} rows / {accumulate}",
+            expected=f"one of {[n for n in range(1, rows + 1) if rows % n == 0]}",
+            fix="set --config.train.gradient_accumulation_steps or --config.data.global_batch_rows",
+        )  # fmt: skip
+    field = "data.global_batch_rows (divided by train.gradient_accumulation_steps)"
+    run = connect(config, workdir, jax.devices(), rows // accumulate, field)
     if jax.process_index() == 0 and not saved.exists():  # only now: a config that cannot be trained claims no folder
         config_module.save(config, saved)
     return run
+
+
+def _begin(model: config_module.Model, base: Path) -> None:
+    """Writes base/ anew: what an attempt without config.json left there is not mixed with."""
+    if base.exists() and any(base.iterdir()) and not (base / "config.json").is_file():
+        raise InputError(
+            f"{base} is in the way", found=sorted(file.name for file in base.iterdir())[:6],
+            expected="no such folder, or one that a run has made", fix="give another --workdir",
+        )  # fmt: skip
+    staging = base.with_name("base.incomplete")
+    shutil.rmtree(staging, ignore_errors=True)
+    write_base(model, staging)
+    shutil.rmtree(base, ignore_errors=True)
+    staging.rename(base)
 
 
 def reopen(workdir: Path, wanted: config_module.Config | None = None) -> Run:
@@ -58,7 +79,7 @@ def reopen(workdir: Path, wanted: config_module.Config | None = None) -> Run:
     Args:
       workdir: of a training run.
       wanted: mesh and evaluation settings; where its other fields differ from the run's, it says so and keeps the
-        run's. None: one device.
+        run's. None: one CPU device of this host, whatever accelerators there are.
 
     Raises:
       InputError: there is no run.
@@ -71,25 +92,35 @@ def reopen(workdir: Path, wanted: config_module.Config | None = None) -> Run:
         )  # fmt: skip
     saved = config_module.load(file)
     if wanted is None:
-        return connect(dataclasses.replace(saved, mesh=config_module.Mesh(1, 1, 1)), workdir, jax.devices()[:1])
+        return connect(dataclasses.replace(saved, mesh=config_module.Mesh(1, 1, 1)), workdir, host_device(), 1, "")
     for difference in config_module.differences(saved, wanted):
         log.say(f"{workdir} was trained with another value, which is used: {difference}")
-    return connect(dataclasses.replace(saved, mesh=wanted.mesh, eval=wanted.eval), workdir, jax.devices())
+    config = dataclasses.replace(saved, mesh=wanted.mesh, eval=wanted.eval)
+    return connect(config, workdir, jax.devices(), wanted.eval.batch_rows, "eval.batch_rows")
 
 
-def connect(config: config_module.Config, workdir: Path, devices: list) -> Run:
-    """Returns the run of a folder that is known to be complete."""
+def host_device() -> list:
+    """Returns one CPU device: large memory and exact float32; an accelerator only where JAX was given nothing else."""
+    try:
+        return jax.local_devices(backend="cpu")[:1]
+    except RuntimeError:
+        return jax.local_devices()[:1]
+
+
+def connect(config: config_module.Config, workdir: Path, devices: list, rows: int, rows_field: str) -> Run:
+    """Returns the run of a folder that is known to be complete.
+
+    Args:
+      config: of the run.
+      workdir: holds base/.
+      devices: that the mesh is made of.
+      rows: that the mesh has to share.
+      rows_field: the config field they come from.
+    """
     family = registry.family(config.model.family)
     processor = family.processor(workdir / "base")
-    accumulate = config.train.gradient_accumulation_steps
-    rows = config.data.global_batch_rows
-    if accumulate < 1 or rows % accumulate:
-        raise InputError(
-            "config: train.gradient_accumulation_steps does not divide the rows", found=f"{rows} rows / {accumulate}",
-            expected=f"one of {[n for n in range(1, rows + 1) if rows % n == 0]}",
-            fix="set --config.train.gradient_accumulation_steps or --config.data.global_batch_rows",
-        )  # fmt: skip
-    mesh = sharding.make_mesh(config.mesh, devices, rows=rows // accumulate, heads=processor.config.heads)
+    heads = processor.config.heads
+    mesh = sharding.make_mesh(config.mesh, devices, rows=rows, heads=heads, rows_field=rows_field)
     network = registry.build(config.model.family, processor.config, sharding.constrainer(mesh), config.model.remat)
     return Run(config, workdir, processor, mesh, network)
 
@@ -115,20 +146,6 @@ def write_base(model: config_module.Model, base: Path) -> None:
         family.write_scratch(model.hf_config, texts, base)
 
 
-def make_writable(folder: Path) -> None:
-    """Makes a folder; raises InputError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written", found=error, expected="a folder that this user can write",
-            fix="give another folder, or change its permissions",
-        ) from error  # fmt: skip
-
-
 def first_parameters(run: Run) -> dict:
     """Returns the parameters of step 0 on the mesh, float32: of the Hugging Face folder, or random."""
     if run.config.model.hf_dir:
@@ -151,7 +168,7 @@ def import_parameters(network: registry.Network, folder: Path, mesh: jax.shardin
 def trained_parameters(run: Run) -> tuple[int, dict]:
     """Returns the step and the parameters of the run's latest checkpoint."""
     places = sharding.parameter_places(run.mesh, run.network.axes, run.network.shapes)
-    checkpoints = checkpoint.Checkpoints(run.workdir)
+    checkpoints = checkpoint.Checkpoints(run.workdir, read_only=True)
     try:
         return checkpoints.restore_parameters(checkpoint.abstract(run.network.abstract, places))
     finally:
@@ -160,5 +177,5 @@ def trained_parameters(run: Run) -> tuple[int, dict]:
 
 def stored_dtype(folder: Path) -> np.dtype:
     """Returns the dtype that config.json names for the weights."""
-    values = json.loads((folder / "config.json").read_text())
+    values = files.read_json(folder / "config.json", "use a complete Hugging Face folder")
     return np.dtype(jax.numpy.dtype(values.get("torch_dtype") or values.get("dtype") or "float32"))

@@ -24,14 +24,22 @@ LETTER_AXES = {
 }
 
 
-def make_mesh(sizes: config_module.Mesh, devices: list, *, rows: int, heads: Mapping[str, int]) -> jax.sharding.Mesh:
+def make_mesh(
+    sizes: config_module.Mesh,
+    devices: list,
+    *,
+    rows: int,
+    heads: Mapping[str, int],
+    rows_field: str = "data.global_batch_rows",
+) -> jax.sharding.Mesh:
     """Returns the mesh (data, fsdp, tensor) over all devices.
 
     Args:
       sizes: axis sizes; one may be −1 and takes the devices that the others leave.
       devices: all devices of all hosts.
-      rows: rows of one micro-batch, which data × fsdp has to divide.
+      rows: that are computed at a time, which data × fsdp has to divide.
       heads: head counts by name, each of which tensor has to divide.
+      rows_field: config field that `rows` comes from, for the error.
 
     Raises:
       InputError: the sizes do not multiply to the devices, or do not divide rows or heads; valid sizes are named.
@@ -50,9 +58,9 @@ def make_mesh(sizes: config_module.Mesh, devices: list, *, rows: int, heads: Map
     row_devices = shape[0] * shape[1]
     if rows % row_devices:
         raise InputError(
-            f"mesh: data × fsdp = {row_devices} does not divide the rows of a micro-batch", found=f"{rows} rows",
+            f"mesh: data × fsdp = {row_devices} does not divide the rows", found=f"{rows} rows at a time",
             expected=f"a multiple of {row_devices}",
-            fix="set --config.data.global_batch_rows (divided by train.gradient_accumulation_steps), or the mesh",
+            fix=f"set --config.{rows_field}, or the mesh",
         )  # fmt: skip
     return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

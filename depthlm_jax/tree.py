@@ -1,13 +1,10 @@
-"""'/'-paths of a nested dict of arrays, and tables that must match them exactly once."""
+"""'/'-paths of a nested dict of arrays."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from depthlm_jax.errors import InputError
 
 
 def flatten(tree: Mapping) -> dict[str, object]:
@@ -26,23 +23,6 @@ def unflatten(leaves: Mapping[str, object]) -> dict:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
-
-
-def match_once(patterns: Iterable[str], paths: Iterable[str], what: str) -> dict[str, str]:
-    """Returns {path: pattern}; patterns are regular expressions for the whole path.
-
-    Raises:
-      InputError: a path that no pattern or more than one matches, or a pattern that matches no path.
-    """
-    patterns, paths = list(patterns), list(paths)
-    matches = {path: [pattern for pattern in patterns if re.fullmatch(pattern, path)] for path in paths}
-    wrong = [f"{path}: {found or 'no match'}" for path, found in matches.items() if len(found) != 1]
-    used = {pattern for found in matches.values() for pattern in found}
-    wrong += [f"{pattern}: matches nothing" for pattern in patterns if pattern not in used]
-    if wrong:
-        raise InputError(what, found="; ".join(wrong[:8]), expected="each path matched by exactly one pattern, each "
-                         "pattern used", fix="correct the patterns")  # fmt: skip
-    return {path: found[0] for path, found in matches.items()}
 
 
 def cast(tree, dtype):

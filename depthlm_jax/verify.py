@@ -15,7 +15,7 @@ from depthlm_jax.data import packing, tasks
 from depthlm_jax.errors import InputError
 from depthlm_jax.eval import decode
 from depthlm_jax.models import registry
-from depthlm_jax.run import import_parameters
+from depthlm_jax.run import host_device, import_parameters
 from depthlm_jax.train.step import answer_loss
 
 CELLS = ((9, 13), (11, 8))  # rows and columns of merged patches of the two test images
@@ -69,7 +69,7 @@ def _row(sample: Sample, processor) -> dict[str, np.ndarray]:
 
 def _run_jax(folder: Path, family_name: str, processor, images) -> tuple[list[np.ndarray], list[list[int]]]:
     network = registry.build(family_name, processor.config)
-    mesh = sharding.make_mesh(Mesh(1, 1, 1), jax.devices()[:1], rows=1, heads={})
+    mesh = sharding.make_mesh(Mesh(1, 1, 1), host_device(), rows=1, heads={})  # accelerators round float32
     parameters = import_parameters(network, folder, mesh)
     greedy = decode.make_greedy(network, jnp.float32, NEW_TOKENS, processor.stop_tokens)
     logits, tokens = [], []

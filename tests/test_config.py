@@ -65,8 +65,13 @@ def test_unknown_field_names_the_nearest(path, nearest):
         ("data.train", "train.jsonl", "'train.jsonl' of type str", "a section"),
         ("data.geometry.mode", "oficial", "'oficial'", "corrected or official"),
         ("data.label_kind", "Z", "'Z'", "z or ray or record"),
-        ("train.logging_steps", 0, "0", "at least 1"),
-        ("data.samples_per_row", -1, "-1", "at least 1"),
+        ("train.logging_steps", 0, "0", "1 to "),
+        ("data.samples_per_row", -1, "-1", "1 to "),
+        ("data.geometry.focal_px", -5.0, "-5.0", "0 to "),
+        ("data.geometry.focal_px", float("nan"), "nan", "0 to "),
+        ("optim.warmup_ratio", 2.0, "2.0", "0 to 1"),
+        ("optim.max_grad_norm", 0.0, "0.0", "1e-12 to "),
+        ("data.read_threads", -1, "-1", "0 to "),
         ("data.geometry.crop_width", (5, 3), "(5, 3)", "two whole numbers (smallest, largest)"),
         ("data.geometry.crop_width", (5,), "(5,)", "two whole numbers (smallest, largest)"),
         ("data.geometry.crop_height", (1.5, 2.5), "(1.5, 2.5)", "two whole numbers (smallest, largest)"),
@@ -94,7 +99,7 @@ def test_every_table_entry_names_a_field():
     leaves = config_module.flatten(Config()).keys()
     sections = {path.partition(".")[0] for path in leaves}
     assert config_module.CHOICES.keys() <= leaves
-    assert set(config_module.POSITIVE) <= leaves
+    assert set(config_module.RANGES) <= leaves
     assert set(config_module.FREE_TO_CHANGE) <= leaves | sections
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from depthlm_jax import tree
-from depthlm_jax.errors import InputError
 
 NESTED = {"model": {"norm": {"scale": 1}, "layers": {"q": {"kernel": 2, "bias": 3}}}, "head": {"kernel": 4}}
 
@@ -19,28 +18,6 @@ def test_paths_and_back():
 
 def test_paths_are_in_the_order_of_the_leaves():
     assert list(tree.flatten(NESTED).values()) == jax.tree.leaves(NESTED)
-
-
-def test_each_path_gets_its_pattern():
-    paths = ["a/kernel", "b/kernel", "b/bias"]
-    assert tree.match_once([".*/kernel", "b/bias"], paths, "table") == {
-        "a/kernel": ".*/kernel", "b/kernel": ".*/kernel", "b/bias": "b/bias"
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("patterns", "found"),
-    [
-        (["a/kernel"], "b/kernel: no match"),
-        ([".*kernel", "b/.*"], "b/kernel: ['.*kernel', 'b/.*']"),
-        ([".*kernel", "c/.*"], "c/.*: matches nothing"),
-        (["a", "b"], "a/kernel: no match"),  # the whole path has to match
-    ],
-)
-def test_table_and_paths_have_to_fit_both_ways(patterns, found):
-    with pytest.raises(InputError) as error:
-        tree.match_once(patterns, ["a/kernel", "b/kernel"], "decay table")
-    assert str(error.value).startswith("decay table") and found in str(error.value)
 
 
 @pytest.mark.parametrize(("before", "after"), [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)])

@@ -39,7 +39,7 @@ def run(name: str, summary: str, arguments: list[str]) -> int:
     except UsageError as error:
         print(f"{error}\n\nusage: {PROGRAM} {name} --help", file=sys.stderr)
         return 2
-    except InputError as error:
+    except (InputError, OSError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)

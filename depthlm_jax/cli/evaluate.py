@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from depthlm_jax import log
+from depthlm_jax import files, log
 from depthlm_jax import run as runs
 from depthlm_jax.cli import command
 from depthlm_jax.eval import evaluate, report
@@ -22,7 +22,7 @@ def run(values: flags.FlagValues) -> dict:
     config, workdir = command.read_config(values), command.read_path(values, "workdir")
     output = Path(values.output or workdir / "evaluation")
     this = runs.reopen(workdir, config)
-    runs.make_writable(output)
+    files.make_writable(output)
     step, parameters = runs.trained_parameters(this)
     result = evaluate.evaluate(this, parameters)
     scores = evaluate.save(result, step, output)

@@ -131,7 +131,10 @@ class TfdsRecords:
     """Records of a prepared TFDS data set in ArrayRecord files, read without TensorFlow."""
 
     def __init__(self, source: Source):
-        builder = tfds.builder_from_directory(source.path)
+        try:
+            builder = tfds.builder_from_directory(source.path)
+        except Exception as error:  # noqa: BLE001 TFDS raises many kinds for damaged metadata
+            _fail(source.path, "damaged data set", error, "dataset_info.json and features.json", "prepare it again")
         try:
             self._rows = builder.as_data_source(split=source.split, decoders={"image": tfds.decode.SkipDecoding()})
         except (ValueError, KeyError) as error:

@@ -73,10 +73,9 @@ def evaluate(run: Run, parameters: dict) -> Result:
       parameters: on the mesh, float32.
 
     Raises:
-      InputError: no question can be asked, or the mesh does not divide eval.batch_rows.
+      InputError: no question can be asked.
     """
     settings, stops = run.config.eval, run.processor.stop_tokens
-    _check_rows(run)
     dtype = jnp.dtype(run.config.model.compute_dtype)
     greedy = decode.make_greedy(run.network, dtype, settings.max_new_tokens, stops)
     result, progress = Result(), log.Progress("answers")
@@ -95,15 +94,6 @@ def evaluate(run: Run, parameters: dict) -> Result:
             expected="labelled points with room for the marker", fix="give another eval.source",
         )  # fmt: skip
     return result
-
-
-def _check_rows(run: Run) -> None:
-    shares, rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"], run.config.eval.batch_rows
-    if rows % shares:
-        raise InputError(
-            f"mesh: data × fsdp = {shares} does not divide the rows of evaluation", found=f"eval.batch_rows={rows}",
-            expected=f"a multiple of {shares}", fix="set --config.eval.batch_rows, or the mesh",
-        )  # fmt: skip
 
 
 def _groups(run: Run, result: Result) -> Iterator[list[Example]]:

@@ -19,7 +19,6 @@ from depthlm_jax.models.qwen2_5_vl import weights as qwen2_5_vl_weights
 class Family:
     """What a folder under models/ provides."""
 
-    model_type: str  # in config.json
     read_config: Callable  # (config.json, preprocessor_config.json) → config
     module: type[nnx.Module]  # of (config, rngs, constrain, remat)
     rules: Callable  # config → [Rule]
@@ -30,7 +29,6 @@ class Family:
 
 FAMILIES = {
     "qwen2_5_vl": Family(
-        model_type="qwen2_5_vl",
         read_config=qwen2_5_vl_config.read_config,
         module=qwen2_5_vl_model.Qwen25VL,
         rules=qwen2_5_vl_weights.rules,

@@ -1,6 +1,7 @@
 """The training loop: state on the mesh, batches in, metrics and checkpoints out."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +74,7 @@ def run(
       first_parameters: → parameters on the mesh; called where there is no checkpoint.
     """
     checkpoints = checkpoint.Checkpoints(workdir)
-    state = _resume(trainer, checkpoints, batches, first_parameters)
+    state = _resume(trainer, config, checkpoints, batches, first_parameters)
     meter = Meter(config, log.Journal(workdir), int(state.step))
     try:
         for number in range(int(state.step) + 1, config.train.max_steps + 1):
@@ -82,20 +83,26 @@ def run(
             state, metrics = trainer.run_step(state, sharding.put_batch(trainer.mesh, rows.arrays))
             meter.add(number, metrics, len(rows.record_ids))
             if number % config.train.save_steps == 0 or number == config.train.max_steps:
+                meter.flush()  # a step that went wrong is not saved
                 checkpoints.save(number, state.parameters, state.optimizer, batches.get_state(), config)
     finally:
-        meter.flush()
-        checkpoints.close()
+        try:
+            meter.flush()
+        finally:
+            checkpoints.close()
     return state
 
 
-def _resume(trainer: Trainer, checkpoints: checkpoint.Checkpoints, batches, first_parameters) -> step.State:
+def _resume(
+    trainer: Trainer, config: config_module.Config, checkpoints: checkpoint.Checkpoints, batches, first_parameters
+) -> step.State:
     latest = checkpoints.latest_step
     if latest is None:
         return start(trainer, first_parameters())
     abstract = trainer.abstract
-    parameters, moments, position = checkpoints.restore(latest, abstract.parameters, abstract.optimizer)
-    batches.set_state(position)
+    parameters, moments, run = checkpoints.restore(latest, abstract.parameters, abstract.optimizer)
+    config_module.check_same_run(config_module.from_dict(run["config"]), config, str(checkpoints.folder / str(latest)))
+    batches.set_state(run["data"])
     log.say(f"continuing {checkpoints.folder.parent} after step {latest}")
     return step.State(jax.device_put(jnp.int32(latest), trainer.shardings.step), parameters, moments)
 
@@ -121,7 +128,13 @@ class Meter:
             return
         (number, metrics, samples), self.pending = self.pending, None
         self.samples += samples
-        jax.block_until_ready(metrics["loss"])
+        if not math.isfinite(metrics["loss"]):
+            raise InputError(
+                f"step {number}: the loss is not a number", found=f"loss {metrics['loss']}, gradient norm "
+                f"{metrics['grad_norm']}", expected="finite numbers",
+                fix="export the last checkpoint, which is sound, and train on from it (model.hf_dir) in a new "
+                "--workdir with a lower optim.learning_rate",
+            )  # fmt: skip
         every, last = self.config.train.logging_steps, self.config.train.max_steps
         if number % every == 0 or number in (self.first_step + 1, last):
             self._report(number, {name: float(value) for name, value in metrics.items()})

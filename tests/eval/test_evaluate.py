@@ -80,8 +80,8 @@ def test_files_hold_all_answers(result, tmp_path):
     assert {"record_id", "pixel", "question", "text", "answer_m"} <= lines[0].keys()
 
 
-def test_a_mesh_that_does_not_divide_the_rows_is_named(run, scenes, tmp_path):
-    bad = open_run(scenes, tmp_path / "bad", {"eval.batch_rows": 6})
-    with pytest.raises(InputError, match="does not divide the rows of evaluation") as error:
-        evaluate.evaluate(bad, {})
-    assert "eval.batch_rows=6" in str(error.value) and "a multiple of 8" in str(error.value)
+def test_a_mesh_that_does_not_divide_the_rows_is_named(run, scenes):
+    wanted = worlds.config(scenes, QUESTIONS | {"eval.batch_rows": 6})
+    with pytest.raises(InputError, match="data × fsdp = 8 does not divide the rows") as error:
+        runs.reopen(run.workdir, wanted)
+    assert "6 rows at a time" in str(error.value) and "--config.eval.batch_rows" in str(error.value)

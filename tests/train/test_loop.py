@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import worlds
 
@@ -141,14 +141,13 @@ def test_the_last_two_checkpoints_are_kept(whole):
 def test_a_checkpoint_holds_state_position_and_config(world, whole):
     checkpoints = checkpoint.Checkpoints(whole.workdir)
     abstract = world.trainer.abstract
-    parameters, optimizer, position = checkpoints.restore(12, abstract.parameters, abstract.optimizer)
+    parameters, optimizer, run = checkpoints.restore(12, abstract.parameters, abstract.optimizer)
     assert_same_leaves([np.int32(12), *map(np.array, jax.tree.leaves((parameters, optimizer)))], whole.leaves)
-    assert position == {"step": 12}
+    assert run["data"] == {"step": 12}
+    assert run["config"] == json.loads((whole.workdir / "config.json").read_text())
     latest, alone = checkpoints.restore_parameters(abstract.parameters)
     assert latest == 12
     assert_same_leaves(*([np.array(leaf) for leaf in jax.tree.leaves(tree)] for tree in (alone, parameters)))
-    stored = checkpoints.manager.restore(12, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
-    assert stored["config"] == json.loads((whole.workdir / "config.json").read_text())
     checkpoints.close()
 
 
@@ -200,6 +199,34 @@ def test_a_run_of_another_config_is_refused_and_left_as_it_is(world, whole, scen
     assert "train.seed: 0 there, 5 here" in text and "optim.learning_rate: 0.01 there, 0.5 here" in text
     assert "mesh" not in text
     assert worlds.listing(whole.workdir) == before
+
+
+def test_a_checkpoint_of_another_config_is_refused_though_config_json_is_gone(world, whole, scenes, tmp_path):
+    shutil.copytree(whole.workdir / "checkpoints", tmp_path / "checkpoints")
+    other = worlds.config(scenes, STEPS | {"optim.learning_rate": 0.5})
+    with pytest.raises(InputError, match="holds a run of another config") as error:
+        world.train(tmp_path, world.batches(), other)
+    assert "optim.learning_rate: 0.01 there, 0.5 here" in str(error.value)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(world, tmp_path):
+    def broken() -> dict:
+        return jax.tree.map(lambda x: x * np.nan, world.first_parameters())
+
+    config = dataclasses.replace(world.config, train=dataclasses.replace(world.config.train, save_steps=1))
+    with pytest.raises(InputError, match="step 1: the loss is not a number"):
+        loop.run(world.trainer, config, tmp_path, world.batches(), broken)
+    assert checkpoint.Checkpoints(tmp_path).latest_step is None
+    assert log.Journal(tmp_path).read() == []
+
+
+def test_a_damaged_journal_is_named_and_an_unfinished_line_cut(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert [record["step"] for record in log.Journal(tmp_path).read()] == [1]
+    file.write_text('{"step": 1\n')
+    with pytest.raises(InputError, match="metrics.jsonl: a line cannot be read"):
+        log.Journal(tmp_path).read()
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(world, tmp_path):

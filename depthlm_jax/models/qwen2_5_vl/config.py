@@ -83,6 +83,8 @@ class Qwen25VLConfig:
         }
 
 
+MODEL_TYPE = "qwen2_5_vl"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # one of them is enough
 PREPROCESSOR = {  # the published preprocessor_config.json of every size
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
@@ -102,9 +104,14 @@ def read_config(hf_config: dict, preprocessor: dict) -> Qwen25VLConfig:
     Raises:
       InputError: a field is missing, or asks for something that this port does not do.
     """
+    if require(hf_config, "model_type") != MODEL_TYPE:
+        raise InputError(
+            "config.json: another kind of model", found=f"model_type {hf_config['model_type']!r}", expected=MODEL_TYPE,
+            fix="use a Qwen2.5-VL folder, or set model.family",
+        )  # fmt: skip
     text = {**hf_config, **hf_config.get("text_config", {})}
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    vision = dict(_require(text, "vision_config"))
+    vision = dict(require(text, "vision_config"))
     vision.setdefault("in_channels", vision.get("in_chans", 3))
     _refuse(text, "use_sliding_window", False)
     _refuse(text, "hidden_act", "silu")
@@ -113,15 +120,15 @@ def read_config(hf_config: dict, preprocessor: dict) -> Qwen25VLConfig:
     _refuse({"rope_type": "default" if rope_type == "mrope" else rope_type}, "rope_type", "default")
     config = Qwen25VLConfig(
         vision=Vision(**{**_take(Vision, vision), "fullatt_block_indexes": tuple(vision["fullatt_block_indexes"])}),
-        rope_theta=float(text.get("rope_theta") or _require(rope, "rope_theta")),
-        mrope_section=tuple(_require(rope, "mrope_section")),
-        image_mean=tuple(_require(preprocessor, "image_mean")),
-        image_std=tuple(_require(preprocessor, "image_std")),
+        rope_theta=float(text.get("rope_theta") or require(rope, "rope_theta")),
+        mrope_section=tuple(require(rope, "mrope_section")),
+        image_mean=tuple(require(preprocessor, "image_mean")),
+        image_std=tuple(require(preprocessor, "image_std")),
         min_pixels=_pixel_limit(preprocessor, "min_pixels", "shortest_edge"),
         max_pixels=_pixel_limit(preprocessor, "max_pixels", "longest_edge"),
         tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         initializer_range=float(text.get("initializer_range", 0.02)),
-        **{name: _require(text, name) for name in TEXT_SIZES},
+        **{name: require(text, name) for name in TEXT_SIZES},
     )
     _check(config)
     return config
@@ -147,10 +154,11 @@ def _check(config: Qwen25VLConfig) -> None:
 
 
 def _take(section: type, values: dict) -> dict:
-    return {field.name: _require(values, field.name) for field in dataclasses.fields(section)}
+    return {field.name: require(values, field.name) for field in dataclasses.fields(section)}
 
 
-def _require(values: dict, name: str):
+def require(values: dict, name: str):
+    """Returns a field; raises InputError if it is missing."""
     if name not in values:
         raise InputError(
             f"Hugging Face folder: {name} is missing", found=f"fields {sorted(values)}", expected=name,
@@ -170,4 +178,4 @@ def _refuse(values: dict, name: str, only: object) -> None:
 def _pixel_limit(preprocessor: dict, name: str, size_name: str) -> int:
     """The class default of max_pixels is 13 times smaller than the published file's: never fall back to it."""
     value = preprocessor.get(name) or (preprocessor.get("size") or {}).get(size_name)
-    return int(value) if value else _require(preprocessor, name)
+    return int(value) if value else require(preprocessor, name)

@@ -1,13 +1,13 @@
 """The files of a Hugging Face folder other than the weights: made from nothing, or copied in the form all can read."""
 
-import json
 import shutil
 from pathlib import Path
 
 import transformers
 
+from depthlm_jax import files
 from depthlm_jax.errors import InputError
-from depthlm_jax.models.qwen2_5_vl.config import PREPROCESSOR
+from depthlm_jax.models.qwen2_5_vl.config import MODEL_TYPE, PREPROCESSOR, TOKENIZER_FILES, require
 from depthlm_jax.models.qwen2_5_vl.tokenizer import CHAT_TEMPLATE, build_small_tokenizer
 
 SCRATCH_VOCABULARY = 512
@@ -21,7 +21,7 @@ TOKEN_FIELDS = {
     "pad_token_id": "<|endoftext|>",
 }
 COPIED = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+DAMAGED = "download the folder again"
 
 
 def write_scratch(hf_config: dict, texts: list[str], folder: Path) -> None:
@@ -36,21 +36,22 @@ def write_scratch(hf_config: dict, texts: list[str], folder: Path) -> None:
     build_small_tokenizer(folder, texts, SCRATCH_VOCABULARY)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKEN_FIELDS.items()}
-    vision = hf_config["vision_config"]
-    side = vision["patch_size"] * vision["spatial_merge_size"]
+    vision = require(hf_config, "vision_config")
+    side = require(vision, "patch_size") * require(vision, "spatial_merge_size")
     patches = {
         "patch_size": vision["patch_size"], "merge_size": vision["spatial_merge_size"],
-        "temporal_patch_size": vision["temporal_patch_size"], "min_pixels": 4 * side**2, "max_pixels": 16384 * side**2,
+        "temporal_patch_size": require(vision, "temporal_patch_size"),
+        "min_pixels": 4 * side**2, "max_pixels": 16384 * side**2,
     }  # fmt: skip
     stops = [ids["eos_token_id"], ids["pad_token_id"]]
     generation = {"do_sample": False, "eos_token_id": stops, "pad_token_id": ids["pad_token_id"]}
-    named = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
-    _write(
+    named = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": MODEL_TYPE}
+    files.write_json(
         folder / "config.json", {**named, "torch_dtype": "float32", **hf_config, **ids, "vocab_size": len(tokenizer)}
     )
-    _write(folder / "preprocessor_config.json", PREPROCESSOR | patches)
-    _write(folder / "generation_config.json", generation)
-    _write(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    files.write_json(folder / "preprocessor_config.json", PREPROCESSOR | patches)
+    files.write_json(folder / "generation_config.json", generation)
+    files.write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
 def copy_published(source: Path, target: Path) -> list[str]:
@@ -69,13 +70,13 @@ def copy_published(source: Path, target: Path) -> list[str]:
                 expected="a Hugging Face model folder", fix="correct --hf_dir or model.hf_dir, or complete the folder",
             )  # fmt: skip
     target.mkdir(parents=True, exist_ok=True)
-    files = {file for pattern in COPIED for file in source.glob(pattern) if "safetensors" not in file.name}
-    for file in sorted(files):
+    found = {file for pattern in COPIED for file in source.glob(pattern) if "safetensors" not in file.name}
+    for file in sorted(found):
         shutil.copyfile(file, target / file.name)
     _rewrite(target / "config.json", flat_config)
     if not (target / "preprocessor_config.json").is_file():  # transformers 5 saves it inside processor_config.json
-        processor = json.loads((target / "processor_config.json").read_text())
-        _write(target / "preprocessor_config.json", processor["image_processor"])
+        processor = files.read_json(target / "processor_config.json", DAMAGED)
+        files.write_json(target / "preprocessor_config.json", require(processor, "image_processor"))
     (target / "processor_config.json").unlink(missing_ok=True)
     _rewrite(target / "preprocessor_config.json", hub_preprocessor)
     if (target / "tokenizer_config.json").is_file():
@@ -91,12 +92,12 @@ def flat_config(values: dict) -> dict:
     transformers 4.51 reads the nested form of version 5 as an 80-layer default, without an error.
     """
     text = {**values, **values.get("text_config", {})}
-    text["model_type"] = values["model_type"]
+    text["model_type"] = require(values, "model_type")
     text.pop("text_config", None)
     rope = text.pop("rope_parameters", None)
     if rope:
-        text["rope_theta"] = rope["rope_theta"]
-        text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        text["rope_theta"] = require(rope, "rope_theta")
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": require(rope, "mrope_section")}
     if "dtype" in text:
         text["torch_dtype"] = text.pop("dtype")
     text["tie_word_embeddings"] = bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
@@ -113,8 +114,4 @@ def hub_preprocessor(values: dict) -> dict:
 
 
 def _rewrite(file: Path, change) -> None:
-    _write(file, change(json.loads(file.read_text())))
-
-
-def _write(file: Path, values: dict) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")
+    files.write_json(file, change(files.read_json(file, DAMAGED)))

@@ -92,15 +92,13 @@ class Qwen25VL(nnx.Module):
     def logits(self, batch: dict[str, jax.Array]) -> jax.Array:
         """Returns logits_BAV, float32: at each answer slot, of the token after it."""
         hidden_BTD, _ = self.decode_all(batch, keep_cache=False)
-        hidden_BAD = jnp.take_along_axis(hidden_BTD, batch["answer_index_BA"][..., None], axis=1)
-        return self.head(hidden_BAD)
+        return self.answer_logits(hidden_BTD, batch)
 
     def prefill(self, batch: dict[str, jax.Array], new_slots: int) -> tuple[jax.Array, Cache]:
         """Returns logits_BAV, and the cache with `new_slots` free slots after the T of the prompt."""
         hidden_BTD, cache = self.decode_all(batch, keep_cache=True)
         cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, new_slots), (0, 0), (0, 0))), cache)
-        hidden_BAD = jnp.take_along_axis(hidden_BTD, batch["answer_index_BA"][..., None], axis=1)
-        return self.head(hidden_BAD), cache
+        return self.answer_logits(hidden_BTD, batch), cache
 
     def decode_one(self, tokens_B, positions_B, slot, seen_BS, cache: Cache) -> tuple[jax.Array, Cache]:
         """Returns logits_BV of the token after `tokens_B`, and the cache with `slot` filled.
@@ -146,6 +144,10 @@ class Qwen25VL(nnx.Module):
         """Returns the M-RoPE rotation: consecutive sections of the frequencies turn with t, with h and with w."""
         axis_k = np.repeat(np.arange(len(self.config.mrope_section)) % 3, self.config.mrope_section)
         return rope_turn(positions_BTZ[..., axis_k] * rope_frequencies(self.config.head_width, self.config.rope_theta))
+
+    def answer_logits(self, hidden_BTD: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+        """Returns logits_BAV; the vocabulary is multiplied with answer slots only."""
+        return self.head(jnp.take_along_axis(hidden_BTD, batch["answer_index_BA"][..., None], axis=1))
 
     def head(self, hidden_BAD: jax.Array) -> jax.Array:
         """Returns logits_BAV, summed in float32 whatever the dtype of the factors."""

@@ -1,17 +1,18 @@
 """Images and text → one sample: tokens, M-RoPE positions, patches in window-major order. Host only."""
 
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
 import transformers
 
+from depthlm_jax import files
 from depthlm_jax.batch import Sample
 from depthlm_jax.errors import InputError
-from depthlm_jax.models.qwen2_5_vl.config import read_config
+from depthlm_jax.models.qwen2_5_vl.config import TOKENIZER_FILES, read_config, require
 
 TURN_END, TURN_START = "<|im_end|>", "<|im_start|>"
+INCOMPLETE = "give a complete Hugging Face folder; weights are not needed here"
 STOPS = (TURN_END, "<|endoftext|>")  # as in the published generation_config.json
 
 
@@ -20,11 +21,19 @@ class Processor:
 
     def __init__(self, folder: Path):
         """`folder`: a Hugging Face folder; weights are not needed."""
-        self.config = read_config(*(_json(folder, name) for name in ("config.json", "preprocessor_config.json")))
+        folder = Path(folder)
+        self.config = read_config(
+            *(files.read_json(folder / name, INCOMPLETE) for name in ("config.json", "preprocessor_config.json"))
+        )
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise InputError(
+                f"{folder}: no tokenizer", found=sorted(file.name for file in folder.iterdir())[:12],
+                expected=" or ".join(TOKENIZER_FILES), fix=INCOMPLETE,
+            )  # fmt: skip
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not self.tokenizer.chat_template:
-            template = folder / "chat_template.json"
-            self.tokenizer.chat_template = _json(folder, template.name)["chat_template"]
+            template = files.read_json(folder / "chat_template.json", INCOMPLETE)
+            self.tokenizer.chat_template = require(template, "chat_template")
         self.stop_tokens = tuple(self._ids(token)[0] for token in STOPS)
         self.pad_token = self.tokenizer.pad_token_id or 0
         self.digit_tokens = [self._ids(digit)[0] for digit in "0123456789"]
@@ -170,14 +179,3 @@ def _window_patches(image: np.ndarray, window: int, merge: int, patch: int) -> n
     down, across = padded.shape[0] // side, padded.shape[1] // side
     blocks = padded.reshape(down, window, merge, patch, across, window, merge, patch, -1)
     return blocks.transpose(0, 4, 1, 5, 2, 6, 8, 3, 7).reshape(down * across * (side // patch) ** 2, -1)
-
-
-def _json(folder: Path, name: str) -> dict:
-    file = Path(folder) / name
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file}: cannot be read", found=error, expected="a JSON file of a Hugging Face model folder",
-            fix="give a complete folder, without or with weights",
-        ) from error  # fmt: skip

@@ -174,5 +174,5 @@ def test_incomplete_folder(processor, tmp_path, name):
     folder = tmp_path / "folder"
     shutil.copytree(processor.tokenizer.name_or_path, folder)
     (folder / name).unlink()
-    with pytest.raises(InputError, match=f"(?s){name}: cannot be read.*complete folder"):
+    with pytest.raises(InputError, match=f"(?s){name}: cannot be read.*complete Hugging Face folder"):
         Processor(folder)

@@ -1,0 +1,38 @@
+"""Files that a user may have damaged, and folders that may not be writable: errors that say so."""
+
+import json
+from pathlib import Path
+
+from depthlm_jax.errors import InputError
+
+
+def read_json(file: Path, fix: str) -> dict:
+    """Returns the JSON object in a file; raises InputError, which proposes `fix`, if there is none."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read", found=error, expected="a JSON file", fix=fix) from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: not a JSON object", found=type(values).__name__, expected="{…}", fix=fix)
+    return values
+
+
+def write_json(file: Path, values: dict) -> None:
+    """Writes a JSON object, whole or not at all."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_text(json.dumps(values, indent=2) + "\n")
+    unfinished.replace(file)
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder; raises InputError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written", found=error, expected="a folder that this user can write",
+            fix="give another folder, or change its permissions",
+        ) from error  # fmt: skip
