@@ -19,7 +19,7 @@ def get_config(arg=""):
 """
 
 
-def start(recipe: Path, workdir: Path, number: int, count: int, job: int, *extra: str) -> subprocess.Popen:
+def start(recipe: Path, workdir: Path, number: int, count: int, job: int) -> subprocess.Popen:
     slurm = {
         "SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count),
         "SLURM_STEP_NUM_TASKS": str(count), "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number),
@@ -28,7 +28,7 @@ def start(recipe: Path, workdir: Path, number: int, count: int, job: int, *extra
         **os.environ, **(slurm if count > 1 else {}), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // count}",
     }  # fmt: skip
-    arguments = [f"--config={recipe}", f"--workdir={workdir}", *extra, *(["--distributed"] if count > 1 else [])]
+    arguments = [f"--config={recipe}", f"--workdir={workdir}", *(["--distributed"] if count > 1 else [])]
     command = [sys.executable, "-m", "depthlm_jax", "train", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -63,4 +63,4 @@ def test_two_processes_train_as_one(scenes, tmp_path):
     alone, together = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(alone) == len(together) == 4
     assert max(abs(a - b) for a, b in zip(alone, together, strict=True)) <= 1e-5
-    assert worlds.listing(tmp_path / "one").keys() >= {"config.json", "metrics.jsonl", "loss.png"}
+    assert worlds.listing(tmp_path / "two").keys() >= {"config.json", "metrics.jsonl", "loss.png", "checkpoints/4"}
