@@ -27,19 +27,18 @@ def get_config(arg: str = ""):
         ),
     )  # fmt: skip
 
-    config.data.train.path = SCENES
+    config.data.sources.main.path = SCENES
     config.eval.source.path = SCENES
     config.eval.source.split = "validation"
     config.data.geometry.focal_px = 82.0  # the scenes' images become 80 or 96 px wide and high
     config.data.geometry.crop_width = (80, 112)
     config.data.geometry.crop_height = (80, 112)
-    config.data.marker_scale = 2  # an arrow large enough for 8-px patches
+    config.data.reference.scale = 2  # an arrow large enough for 8-px patches
 
     config.data.global_batch_rows = 64
-    config.data.samples_per_row = 1
-    config.data.max_tokens = 152
+    config.data.max_tokens = 160
     config.data.max_patches = 144
-    config.data.max_answer_tokens = 36
+    config.data.max_answer_tokens = 40
     config.data.read_threads = 2
     config.data.prefetch_rows = 128
 

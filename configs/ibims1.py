@@ -1,7 +1,7 @@
 """A tiny model on real photographs: shows that real records go the whole way; it does not learn to measure from them.
 
     python -m depthlm_jax train --config=configs/ibims1.py --workdir=runs/ibims1 \
-        --config.data.train.path=FOLDER/ibims1_subset.jsonl
+        --config.data.sources.main.path=FOLDER/ibims1_subset.jsonl
 
 Any .jsonl of DepthLM records will do. Patches, windows and packing are those of the 3B recipe, at a third of its focal
 length. Two CPU cores, about a minute; the loss falls below 2 in 60 steps.
@@ -30,11 +30,10 @@ def get_config(arg: str = ""):
     config.data.geometry.focal_px = 333.0
     config.data.geometry.crop_width = (224, 336)
     config.data.geometry.crop_height = (168, 252)
-    config.data.samples_per_row = 2
     config.data.global_batch_rows = 4
-    config.data.max_tokens = 2 * (12 * 9 + 112)
+    config.data.max_tokens = 2 * (12 * 9 + 116)
     config.data.max_patches = 2 * 9 * 64
-    config.data.max_answer_tokens = 80
+    config.data.max_answer_tokens = 84
     config.data.read_threads = 2
 
     config.optim.learning_rate = 3e-3

@@ -8,7 +8,7 @@ COMMANDS = {
     "evaluate": "greedy answers on an evaluation set: metrics, predictions, pictures",
     "export": "checkpoint (or Hugging Face folder) → Hugging Face folder that PyTorch loads",
     "verify": "a Hugging Face folder in PyTorch and in JAX, side by side",
-    "preview": "training samples exactly as the model sees them, as one picture",
+    "preview": "training samples exactly as the model sees them, mixture and fill of rows, as one HTML page",
     "curate": "a data set → records on disk",
 }
 

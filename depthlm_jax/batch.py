@@ -20,6 +20,7 @@ FIELDS = {  # name → dtype; the letters after the last underscore are the axes
     "tokens_BT": np.int32,
     "positions_BTZ": np.int32,
     "segments_BT": np.int32,  # sample number within the row, from 1
+    "branch_BT": np.int32,  # question number within the sample, from 1; 0 = seen by all of the sample's questions
     "vision_index_BT": np.int32,  # merged patch that stands here, −1 = text
     "answer_index_BA": np.int32,  # token position whose next token is the target
     "targets_BA": np.int32,
@@ -56,6 +57,7 @@ class Sample:
 
     tokens_T: np.ndarray
     positions_TZ: np.ndarray
+    branch_T: np.ndarray
     vision_index_T: np.ndarray
     answer_index_A: np.ndarray
     targets_A: np.ndarray

@@ -7,6 +7,7 @@ dataclasses and rejects what it does not know, naming the nearest field.
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from pathlib import Path
 
@@ -29,10 +30,25 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    path: str = ""  # a .jsonl file, or the folder of a TFDS data set
+    path: str = ""  # a .jsonl file, or the folder of a TFDS data set; local, or gs://… and the like
     split: str = "train"  # TFDS split, slices allowed; not used by JSONL
     image_root: str = ""  # JSONL image paths start here; empty: the folder of the .jsonl
     depth_kind: str = "z"  # of records that do not say: z (along the principal axis) or ray (Euclidean)
+    fov_degrees: float = 0.0  # horizontal field of view assumed for records without intrinsics; 0: they are an error
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSource(Source):
+    weight: float = 1.0  # in the mixture, any scale; 0: off
+    aspect_jitter: tuple[float, float] = (1.0, 1.0)  # images are squeezed in height by a factor drawn from this range
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A source's share is proportional to weight × min(records, size_cap)^size_exponent."""
+
+    size_exponent: float = 0.0  # 0: the weights alone; 1: proportional to size; 1/τ: temperature τ
+    size_cap: int = 0  # records beyond this number do not count; 0: all count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +58,48 @@ class Geometry:
     crop_width: tuple[int, int] = (1000, 1400)  # px after the resize, drawn uniformly in training; (0, 0): no crop
     crop_height: tuple[int, int] = (700, 1200)
     crop_position: str = "random"  # or centred
+    flip: float = 0.0  # probability that a training image is mirrored left to right
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """How a pixel is pointed at."""
+
+    mode: str = "arrow"  # a marker drawn in the image (arrow, dot, cross, square), or text_raw, text_norm: coordinates
+    scale: int = 1  # side in px of each square that the marker is made of
+    color: str = "red"
+    questions: int = 1  # about one image; more than one needs a text mode
+    layout: str = "independent"  # several questions do not see one another; or conversation: each sees those before
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """Weights of the questions; 0: never asked."""
+
+    distance: float = 1.0
+    axis_distance: float = 0.0
+    speed: float = 0.0
+    time: float = 0.0
+    two_points: float = 0.0
+    translation: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    train: Source = Source()
+    sources: dict[str, TrainSource] = dataclasses.field(default_factory=lambda: {"main": TrainSource()})
+    mixture: Mixture = Mixture()
     geometry: Geometry = Geometry()
-    label_kind: str = "z"  # what the answer says: z, ray, or record (as the record says, mixed)
-    marker_scale: int = 1  # side in px of each of the arrow's nine squares
+    reference: Reference = Reference()
+    tasks: Tasks = Tasks()
+    label_kind: str = "z"  # which distance is meant: z, ray, or official (as the release's labels, mixed)
+    camera_hint: str = "none"  # or intrinsics: told in the question; ray: the answer begins with the viewing ray
     global_batch_rows: int = 128  # rows of one optimizer step, over all hosts and micro-batches
-    samples_per_row: int = 1
     max_tokens: int = 2560  # T: token slots of a row
     max_patches: int = 9216  # P: patch slots of a row, padding of edge windows included
     max_answer_tokens: int = 48  # A: supervised positions of a row
     max_bad_records: int = 0  # unreadable records are skipped and logged up to this number, then training stops
-    read_threads: int = 16
+    workers: int = 0  # processes of a host that make rows; 0: threads of the training process
+    read_threads: int = 16  # of each process
     prefetch_rows: int = 32
 
 
@@ -85,6 +128,7 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Eval:
     source: Source = Source()
+    task: str = "distance"
     samples: int = 512  # (image, point) pairs, spread evenly over the images
     batch_rows: int = 16
     max_new_tokens: int = 64
@@ -108,13 +152,24 @@ class Config:
     mesh: Mesh = Mesh()
 
 
-CHOICES = {
+TASKS = tuple(field.name for field in dataclasses.fields(Tasks))
+MARKERS, TEXT_MODES = ("arrow", "dot", "cross", "square"), ("text_raw", "text_norm")
+COLORS = {
+    "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "magenta": (255, 0, 255),
+    "cyan": (0, 255, 255), "white": (255, 255, 255), "black": (0, 0, 0),
+}  # fmt: skip
+CHOICES = {  # "*" stands for the name of a source
     "model.compute_dtype": ("bfloat16", "float32"),
-    "data.train.depth_kind": ("z", "ray"),
+    "data.sources.*.depth_kind": ("z", "ray"),
     "eval.source.depth_kind": ("z", "ray"),
+    "eval.task": TASKS,
     "data.geometry.mode": ("corrected", "official"),
     "data.geometry.crop_position": ("random", "centred"),
-    "data.label_kind": ("z", "ray", "record"),
+    "data.label_kind": ("z", "ray", "official"),
+    "data.camera_hint": ("none", "intrinsics", "ray"),
+    "data.reference.mode": (*MARKERS, *TEXT_MODES),
+    "data.reference.color": tuple(COLORS),
+    "data.reference.layout": ("independent", "conversation"),
     "train.loss_on": ("answer", "official"),
 }
 COUNT = 1, 2**31 - 1
@@ -122,7 +177,7 @@ AMOUNT = 0, 2**31 - 1
 RANGES = {  # of numbers, both ends included
     **dict.fromkeys(
         (
-            "data.marker_scale", "data.global_batch_rows", "data.samples_per_row", "data.max_tokens",
+            "data.reference.scale", "data.reference.questions", "data.global_batch_rows", "data.max_tokens",
             "data.max_patches", "data.max_answer_tokens", "train.max_steps", "train.gradient_accumulation_steps",
             "train.save_steps", "train.logging_steps", "eval.samples", "eval.batch_rows", "eval.max_new_tokens",
         ),
@@ -131,17 +186,20 @@ RANGES = {  # of numbers, both ends included
     **dict.fromkeys(
         (
             "model.seed", "train.seed", "eval.seed", "data.max_bad_records", "data.read_threads", "data.prefetch_rows",
-            "data.geometry.focal_px", "train.digit_weight", "optim.learning_rate", "optim.weight_decay",
+            "data.geometry.focal_px", "train.digit_weight", "optim.learning_rate", "optim.weight_decay", "data.workers",
+            "data.mixture.size_cap", "data.sources.*.weight", *(f"data.tasks.{name}" for name in TASKS),
         ),
         AMOUNT,
     ),
+    "data.mixture.size_exponent": (0, 1), "data.geometry.flip": (0, 1), "eval.source.fov_degrees": (0, 179),
+    "data.sources.*.fov_degrees": (0, 179),
     "optim.warmup_ratio": (0, 1), "optim.adam_b1": (0, 1), "optim.adam_b2": (0, 1), "optim.adam_eps": (0, 1),
     "optim.max_grad_norm": (1e-12, 2**31 - 1),
 }  # fmt: skip
 # What may differ between a workdir and the run that continues it: it changes speed or reporting, not the result.
 FREE_TO_CHANGE = (
-    "mesh", "eval", "train.save_steps", "train.logging_steps", "data.read_threads", "data.prefetch_rows",
-    "data.max_bad_records",
+    "mesh", "eval", "train.save_steps", "train.logging_steps", "data.sources", "data.mixture", "data.workers",
+    "data.read_threads", "data.prefetch_rows", "data.max_bad_records",
 )  # fmt: skip
 
 
@@ -152,13 +210,38 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
+def sources(table: dict[str, dict]) -> ml_collections.ConfigDict:
+    """Returns data.sources of a recipe: {"nuscenes": {"path": "nuscenes.jsonl", "weight": 0.1}, …}."""
+    default = dataclasses.asdict(TrainSource())
+    return ml_collections.ConfigDict({name: default | fields for name, fields in table.items()})
+
+
 def parse(recipe: ml_collections.ConfigDict) -> Config:
     """Returns the frozen sections of a recipe.
 
     Raises:
       InputError: an unknown or missing field, a value of the wrong type or outside its choices; each named by path.
     """
-    return _parse_section(Config, recipe.to_dict(), "")
+    config = _parse_section(Config, recipe.to_dict(), "")
+    _check_questions(config)
+    return config
+
+
+def _check_questions(config: Config) -> None:
+    reference = config.data.reference
+    if reference.questions > 1 and reference.mode in MARKERS:
+        raise InputError(
+            "config: several questions about one image need coordinates",
+            found=f"data.reference.mode={reference.mode}, questions={reference.questions}: which marker is meant?",
+            expected=f"mode {' or '.join(TEXT_MODES)}",
+            fix="set --config.data.reference.mode=text_norm, or --config.data.reference.questions=1",
+        )  # fmt: skip
+    if reference.questions > 1 and reference.layout == "independent" and config.train.loss_on == "official":
+        raise InputError(
+            "config: train.loss_on=official has no meaning for independent questions", found="a question's first token "
+            "does not follow the text before it", expected="one question, or layout conversation",
+            fix="set --config.train.loss_on=answer, or --config.data.reference.layout=conversation",
+        )  # fmt: skip
 
 
 def _parse_section(section: type, values: dict, path: str):
@@ -181,21 +264,33 @@ def _parse_section(section: type, values: dict, path: str):
 def _parse_value(kind, value, path: str):
     if dataclasses.is_dataclass(kind):
         return _parse_section(kind, value, f"{path}.")
+    if typing.get_origin(kind) is dict:
+        if type(value) is not dict or not value:
+            raise _bad_value(path, f"{value!r} of type {type(value).__name__}", "named sections, at least one")
+        section = typing.get_args(kind)[1]
+        return {name: _parse_section(section, fields, f"{path}.{name}.") for name, fields in value.items()}
     if typing.get_origin(kind) is tuple:
-        whole = isinstance(value, (tuple, list)) and [type(v) for v in value] == [int, int]
-        if not (whole and 0 <= value[0] <= value[1]):
-            raise _bad_value(path, value, "two whole numbers (smallest, largest), 0 ≤ smallest ≤ largest")
-        return tuple(value)
+        return _parse_range(typing.get_args(kind)[0], value, path)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise _bad_value(path, f"{value!r} of type {type(value).__name__}", kind.__name__)
-    if path in CHOICES and value not in CHOICES[path]:
-        raise _bad_value(path, repr(value), " or ".join(CHOICES[path]))
-    low, high = RANGES.get(path, (-math.inf, math.inf))
+    rule = re.sub(r"^data\.sources\.[^.]+", "data.sources.*", path)
+    if rule in CHOICES and value not in CHOICES[rule]:
+        raise _bad_value(path, repr(value), " or ".join(CHOICES[rule]))
+    low, high = RANGES.get(rule, (-math.inf, math.inf))
     if isinstance(value, (int, float)) and not low <= value <= high:
         raise _bad_value(path, value, f"{low} to {high}")
     return value
+
+
+def _parse_range(kind: type, value, path: str) -> tuple:
+    """Returns (smallest, largest)."""
+    fits = isinstance(value, (tuple, list)) and len(value) == 2 and {type(v) for v in value} <= {int, kind}
+    low, numbers = (0, "two whole numbers") if kind is int else (0.1, "two numbers")
+    if not (fits and low <= value[0] <= value[1] < math.inf):
+        raise _bad_value(path, value, f"{numbers} (smallest, largest), {low} ≤ smallest ≤ largest")
+    return tuple(kind(v) for v in value)
 
 
 def unknown_key(path: str, known: list[str]) -> InputError:

@@ -34,7 +34,7 @@ class Progress:
             return
         self.said = now
         rate = done / max(now - self.start, 1e-9)
-        left = f"{clock((total - done) / rate)} left" if done < total else f"took {clock(now - self.start)}"
+        left = f"{clock((total - done) / max(rate, 1e-9))} left" if done < total else f"took {clock(now - self.start)}"
         say(f"{self.what}: {done}/{total} · {rate:.1f}/s · {left}")
 
 

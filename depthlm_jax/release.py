@@ -1,6 +1,7 @@
 """Weights → a Hugging Face folder that PyTorch loads."""
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,6 @@ def _note_training(output: Path, config: config_module.Config) -> None:
     data = config.data
     note = {
         "focal_px": data.geometry.focal_px, "geometry": data.geometry.mode, "label_kind": data.label_kind,
-        "reference": "red arrow", "marker_scale": data.marker_scale, "unit": "m",
+        "reference": dataclasses.asdict(data.reference), "camera_hint": data.camera_hint, "unit": "m",
     }  # fmt: skip
     files.write_json(file, {**files.read_json(file, "export again"), NOTE: note})

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from depthlm_jax import checkpoint, files, hf, log, sharding, tree
 from depthlm_jax import config as config_module
-from depthlm_jax.data import tasks
+from depthlm_jax.data import tasks, transforms
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import registry
 
@@ -43,7 +43,7 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
     if jax.process_index() == 0:
         files.make_writable(workdir)
         if not saved.exists():
-            _begin(config.model, workdir / "base")
+            _begin(config, workdir / "base")
     multihost_utils.sync_global_devices("base folder")
     rows, accumulate = config.data.global_batch_rows, config.train.gradient_accumulation_steps
     if rows % accumulate:
@@ -59,7 +59,7 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
     return run
 
 
-def _begin(model: config_module.Model, base: Path) -> None:
+def _begin(config: config_module.Config, base: Path) -> None:
     """Writes base/ anew: what an attempt without config.json left there is not mixed with."""
     if base.exists() and any(base.iterdir()) and not (base / "config.json").is_file():
         raise InputError(
@@ -68,7 +68,7 @@ def _begin(model: config_module.Model, base: Path) -> None:
         )  # fmt: skip
     staging = base.with_name("base.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
-    write_base(model, staging)
+    write_base(config, staging)
     shutil.rmtree(base, ignore_errors=True)
     staging.rename(base)
 
@@ -125,13 +125,13 @@ def connect(config: config_module.Config, workdir: Path, devices: list, rows: in
     return Run(config, workdir, processor, mesh, network)
 
 
-def write_base(model: config_module.Model, base: Path) -> None:
+def write_base(config: config_module.Config, base: Path) -> None:
     """Writes a Hugging Face folder without weights: copied from `model.hf_dir`, or made for random weights.
 
     Raises:
       InputError: there is nothing to start from, or the folder is not complete.
     """
-    family = registry.family(model.family)
+    model, family = config.model, registry.family(config.model.family)
     if not model.hf_dir and not model.random_weights:
         raise InputError(
             "config: no weights to start from", found="model.hf_dir is empty", expected="a Hugging Face folder",
@@ -142,7 +142,10 @@ def write_base(model: config_module.Model, base: Path) -> None:
             log.say(f"warning: {warning}")
     else:
         answers = [tasks.answer_text(number / 100) for number in range(1000)]
-        texts = ["system\n", "user\n", "assistant\n", tasks.SYSTEM, tasks.QUESTION, *answers]
+        weights = dataclasses.asdict(config.data.tasks)
+        asked = [transforms.widest(task, config.data) for task, weight in weights.items() if weight]
+        words = [text for one in asked for text in (one.question, one.answer)]
+        texts = ["system\n", "user\n", "assistant\n", tasks.SYSTEM, tasks.QUESTION, *answers, *words]
         family.write_scratch(model.hf_config, texts, base)
 
 

@@ -59,7 +59,7 @@ def verify(folder: Path, family_name: str) -> dict[str, float | bool]:
 
 
 def _sample(processor, image: np.ndarray, depth_m: float) -> Sample:
-    return processor.encode([image], tasks.QUESTION, tasks.answer_text(depth_m), loss_on="official")
+    return processor.encode([image], [(tasks.QUESTION, tasks.answer_text(depth_m))], loss_on="official")
 
 
 def _row(sample: Sample, processor) -> dict[str, np.ndarray]:
@@ -77,7 +77,7 @@ def _run_jax(folder: Path, family_name: str, processor, images) -> tuple[list[np
         logits.append(
             np.asarray(jax.jit(network.logits)(parameters, _row(_sample(processor, image, depth_m), processor))[0])
         )
-        prompt = _row(processor.encode([image], tasks.QUESTION, None), processor)
+        prompt = _row(processor.encode([image], [(tasks.QUESTION, None)]), processor)
         tokens.append(decode.cut(np.asarray(greedy(parameters, prompt))[0], processor.stop_tokens))
     return logits, tokens
 
@@ -90,7 +90,7 @@ def _run_torch(folder: Path, processor, images) -> tuple[list[np.ndarray], list[
     logits, tokens = [], []
     for image, depth_m in zip(images, DEPTHS_M, strict=True):
         seen = {name: torch.tensor(value) for name, value in pixels(images=[image], return_tensors="np").items()}
-        whole, prompt = _sample(processor, image, depth_m), processor.encode([image], tasks.QUESTION, None)
+        whole, prompt = _sample(processor, image, depth_m), processor.encode([image], [(tasks.QUESTION, None)])
         with torch.no_grad():
             row = model(**_torch_inputs(whole, processor), **seen).logits[0].numpy()
             said = model.generate(

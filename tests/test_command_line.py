@@ -74,7 +74,7 @@ def test_wrong_usage_says_what_is_wrong(capsys, arguments, text):
             ["train", DEMO, "--config.train.loss_on=all", "--workdir=x"],
             ["bad value of train.loss_on", "answer or official"],
         ),
-        (["train", DEMO, "--config.data.train.path=no.jsonl", "--workdir=x"], ["no.jsonl"]),
+        (["train", DEMO, "--config.data.sources.main.path=no.jsonl", "--workdir=x"], ["no.jsonl"]),
         (["evaluate", DEMO, "--workdir=no/such/run"], ["no run here", "train first, or correct --workdir"]),
         (["export", "--workdir=no/such/run", "--output=x"], ["no run here"]),
         (["verify", "--hf_dir=no/such/folder"], ["config.json"]),
@@ -99,7 +99,7 @@ def test_debug_shows_the_traceback():
 def test_a_mesh_that_does_not_fit_is_named_before_anything_is_trained(capsys, tmp_path):
     assert call(capsys, "curate", f"--output={tmp_path}/scenes", "--train=2", "--validation=1")[0] == 0
     path = next((tmp_path / "scenes").rglob("dataset_info.json")).parent
-    common = ["train", DEMO, f"--config.data.train.path={path}", f"--workdir={tmp_path}/run"]
+    common = ["train", DEMO, f"--config.data.sources.main.path={path}", f"--workdir={tmp_path}/run"]
     for axis, text in (("tensor=3", "do not multiply"), ("tensor=4", "does not divide the heads")):
         status, _, err = call(capsys, *common, f"--config.mesh.{axis}")
         assert status == 1

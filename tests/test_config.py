@@ -19,7 +19,7 @@ def changed(path: str, value):
     for section in sections:
         node = node[section]
     with node.unlocked(), node.ignore_type():
-        node[name] = value
+        node[name] = config_module.sources(value) if path == "data.sources" and type(value) is dict and value else value
     return recipe
 
 
@@ -62,11 +62,17 @@ def test_unknown_field_names_the_nearest(path, nearest):
         ("model.remat", 1, "1 of type int", "bool"),
         ("optim.learning_rate", "1e-5", "'1e-5' of type str", "float"),
         ("model.hf_config", "config.json", "'config.json' of type str", "dict"),
-        ("data.train", "train.jsonl", "'train.jsonl' of type str", "a section"),
+        ("data.geometry", "train.jsonl", "'train.jsonl' of type str", "a section"),
+        ("data.sources", "train.jsonl", "'train.jsonl' of type str", "named sections, at least one"),
+        ("data.sources", {}, "{} of type dict", "named sections, at least one"),
+        ("data.sources.main.weight", -0.1, "-0.1", "0 to "),
+        ("data.sources.main.depth_kind", "Z", "'Z'", "z or ray"),
+        ("data.sources.main.aspect_jitter", (1.3, 1.0), "(1.3, 1.0)", "two numbers (smallest, largest)"),
+        ("data.reference.mode", "arow", "'arow'", "arrow or dot or cross or square or text_raw or text_norm"),
         ("data.geometry.mode", "oficial", "'oficial'", "corrected or official"),
-        ("data.label_kind", "Z", "'Z'", "z or ray or record"),
+        ("data.label_kind", "Z", "'Z'", "z or ray or official"),
         ("train.logging_steps", 0, "0", "1 to "),
-        ("data.samples_per_row", -1, "-1", "1 to "),
+        ("data.reference.questions", -1, "-1", "1 to "),
         ("data.geometry.focal_px", -5.0, "-5.0", "0 to "),
         ("data.geometry.focal_px", float("nan"), "nan", "0 to "),
         ("optim.warmup_ratio", 2.0, "2.0", "0 to 1"),
@@ -95,9 +101,34 @@ def test_missing_field_is_named():
         parse(recipe)
 
 
+def test_sources_are_named_and_the_rest_is_the_default():
+    recipe = default_config()
+    recipe.data.sources = config_module.sources({"near": {"path": "a.jsonl", "weight": 0.1}, "far": {"path": "b"}})
+    assert parse(recipe).data.sources == {
+        "near": config_module.TrainSource(path="a.jsonl", weight=0.1), "far": config_module.TrainSource(path="b")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mode": "arrow", "questions": 2}, "need coordinates[\\s\\S]*arrow, questions=2[\\s\\S]*mode=text_norm"),
+        ({"mode": "text_norm", "questions": 2}, "loss_on=official has no meaning[\\s\\S]*layout=conversation"),
+    ],
+)
+def test_fields_that_do_not_go_together(changes, says):
+    recipe = default_config()
+    recipe.train.loss_on = "official"
+    recipe.data.reference.update(changes)
+    with pytest.raises(InputError, match=says):
+        parse(recipe)
+
+
 def test_every_table_entry_names_a_field():
     leaves = config_module.flatten(Config()).keys()
     sections = {path.partition(".")[0] for path in leaves}
+    sections |= {path.rpartition(".")[0] for path in leaves} | {"data.sources"}
+    leaves = {path.replace("data.sources.main.", "data.sources.*.") for path in leaves} | leaves
     assert config_module.CHOICES.keys() <= leaves
     assert set(config_module.RANGES) <= leaves
     assert set(config_module.FREE_TO_CHANGE) <= leaves | sections
@@ -128,6 +159,9 @@ def test_loading_is_as_strict_as_parsing(tmp_path):
         ("eval.source.path", "x"),
         ("train.save_steps", 7),
         ("data.max_bad_records", 1),
+        ("data.workers", 2),
+        ("data.mixture.size_exponent", 0.5),
+        ("data.sources", {"main": {}, "other": {"weight": 0.1}}),
     ],
 )
 def test_a_run_may_continue_with_another(path, value):

@@ -12,14 +12,13 @@ from depthlm_jax import checkpoint, sharding, tree
 from depthlm_jax import run as runs
 from depthlm_jax.config import Mesh
 from depthlm_jax.data import pipeline
-from depthlm_jax.data.records import open_source
 from depthlm_jax.models import registry
 from depthlm_jax.train import loop, step
 
 STEPS = 5
 COMPILED = "/jax/core/compile/backend_compile_duration"
 CHANGES = {
-    "data.samples_per_row": 2, "data.max_tokens": 240, "data.max_patches": 128, "data.max_answer_tokens": 72,
+    "data.max_tokens": 260, "data.max_patches": 128, "data.max_answer_tokens": 84,
     "optim.learning_rate": 1e-3, "train.max_steps": STEPS, "optim.warmup_ratio": 0.0,
 }  # fmt: skip
 
@@ -36,7 +35,7 @@ class Trained:
 def train(scenes, tmp_path_factory):
     """Yields the function (data, fsdp, tensor, micro-batches) → five steps, always from the same start."""
     run = runs.open_run(worlds.config(scenes, CHANGES), tmp_path_factory.mktemp("workdir"))
-    batches = pipeline.training_batches(open_source(run.config.data.train), run.processor, run.config)
+    batches = pipeline.training_batches(pipeline.open_sources(run.config), run.processor, run.config)
     rows = [next(batches).arrays for _ in range(STEPS)]
     assert {2} <= set(np.unique(rows[0]["segments_BT"])), "no row has two samples"
     first = jax.tree.map(np.array, runs.first_parameters(run))

@@ -15,7 +15,6 @@ from configs import qwen2_5_vl_3b
 from depthlm_jax import run as runs
 from depthlm_jax.config import Config
 from depthlm_jax.data import pipeline
-from depthlm_jax.data.records import open_source
 from depthlm_jax.train import loop
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +53,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 def train(config: Config, workdir: Path) -> None:
     this = runs.open_run(config, workdir)
-    batches = pipeline.training_batches(open_source(config.data.train), this.processor, config)
+    batches = pipeline.training_batches(pipeline.open_sources(config), this.processor, config)
     trainer = loop.make_trainer(this.network, config, this.mesh)
     loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this))
 
@@ -94,7 +93,7 @@ def test_readme_commands_run_in_their_order(place):
         done = run(f"{command} {extra(command)} --json", place)
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         assert json.loads(done.stdout.splitlines()[-1]), command
-    pictures = ("preview.png", "runs/3b/loss.png", "runs/3b/evaluation/answers.png", "runs/3b/evaluation/scatter.png")
+    pictures = ("preview.html", "runs/3b/loss.png", "runs/3b/evaluation/answers.png", "runs/3b/evaluation/scatter.png")
     assert [name for name in pictures if not (place / name).is_file()] == []
     export, copy = (place / "runs/demo" / name / "model.safetensors" for name in ("hf", "copy"))
     assert export.read_bytes() == copy.read_bytes()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_loss_falls_on_real_photographs(ibims1, tmp_path):
     arguments = [
-        f"--config={ROOT}/configs/ibims1.py", f"--config.data.train.path={ibims1}/ibims1_subset.jsonl",
+        f"--config={ROOT}/configs/ibims1.py", f"--config.data.sources.main.path={ibims1}/ibims1_subset.jsonl",
         f"--workdir={tmp_path}/run", "--config.train.max_steps=24", "--config.data.max_bad_records=0",
     ]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
@@ -38,16 +38,16 @@ class NoTokens:
 @pytest.fixture
 def official(ibims1):
     changes = {"data.geometry.mode": "official", "data.geometry.focal_px": 750.0, "eval.samples": 60,
-               "data.label_kind": "record", "data.marker_scale": 1}  # fmt: skip
+               "data.label_kind": "official", "data.reference.scale": 1}  # fmt: skip
     settings = worlds.config(ibims1 / "ibims1_subset.jsonl", changes)
-    records = open_source(settings.data.train)
+    records = open_source(settings.data.sources["main"])
     return list(pipeline.evaluation_questions(records, NoTokens, settings))
 
 
 def test_official_evaluation_asks_what_the_release_asks(official):
     """Source: the release's `dataset_eval` at 750 px, first image; image i modulo 20 instead of 100, the same draw."""
     first = official[0].examples[0]
-    assert first.pixel == (828, 99)
-    assert first.truth_m == pytest.approx(1.682307, abs=5e-7)
-    assert first.image.shape == (644, 868, 3)  # 857 × 643 px, then Qwen's second resize to multiples of 28
+    assert first.questions[0].pixels == ((828, 99),)
+    assert first.questions[0].truth == pytest.approx(1.682307, abs=5e-7)
+    assert first.images[0].shape == (644, 868, 3)  # 857 × 643 px, then Qwen's second resize to multiples of 28
     assert [len(questions.examples) + questions.short for questions in official] == [3] * 20

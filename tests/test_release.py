@@ -7,7 +7,6 @@ import worlds
 from depthlm_jax import release
 from depthlm_jax import run as runs
 from depthlm_jax.data import pipeline
-from depthlm_jax.data.records import open_source
 from depthlm_jax.errors import InputError
 from depthlm_jax.train import loop
 
@@ -18,7 +17,7 @@ def workdir(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = worlds.config(scenes, {"train.max_steps": 1})
     run = runs.open_run(config, folder)
-    batches = pipeline.training_batches(open_source(config.data.train), run.processor, config)
+    batches = pipeline.training_batches(pipeline.open_sources(config), run.processor, config)
     loop.run(
         loop.make_trainer(run.network, config, run.mesh), config, folder, batches, lambda: runs.first_parameters(run)
     )
@@ -34,8 +33,8 @@ def exported(workdir, tmp_path):
 def test_the_folder_says_how_to_ask(exported):
     note = json.loads((exported / "config.json").read_text())["depthlm"]
     assert note == {
-        "focal_px": 50.0, "geometry": "corrected", "label_kind": "z", "reference": "red arrow", "marker_scale": 1,
-        "unit": "m",
+        "focal_px": 50.0, "geometry": "corrected", "label_kind": "z", "camera_hint": "none", "unit": "m",
+        "reference": {"mode": "arrow", "scale": 1, "color": "red", "questions": 1, "layout": "independent"},
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import worlds
 
 def get_config(arg=""):
-    return worlds.recipe(Path("{scenes}"), {{"train.max_steps": 4, "train.save_steps": 2, "data.samples_per_row": 1}})
+    return worlds.recipe(Path("{scenes}"), {{"train.max_steps": 4, "train.save_steps": 2}})
 """
 
 

@@ -167,14 +167,19 @@ class Example:
 
 def example(case: Case, grids: list[tuple[int, int]], seed: int, answer: str | None = ANSWER) -> Example:
     images = random_images(case.config, grids, seed)
-    sample = case.processor.encode(images, f"{QUESTION} {seed} times", answer)
+    sample = case.processor.encode(images, [(f"{QUESTION} {seed} times", answer)])
+    return Example(sample, torch_inputs(case, sample, images))
+
+
+def torch_inputs(case: Case, sample: batch_contract.Sample, images: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Returns what the PyTorch model takes for a sample of these images."""
     patches = hf_image_processor(case.folder)(images, do_resize=False, return_tensors="pt")
     ids = torch.tensor(sample.tokens_T[None])
-    return Example(sample, {
+    return {
         "input_ids": ids, "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == case.config.image_token_id).int(),
         "pixel_values": patches["pixel_values"], "image_grid_thw": patches["image_grid_thw"],
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def hf_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:

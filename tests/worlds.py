@@ -9,7 +9,8 @@ import numpy as np
 
 from configs import demo
 from depthlm_jax import config as config_module
-from depthlm_jax.data import records, synthetic
+from depthlm_jax.data import records, synthetic, tasks
+from depthlm_jax.models import registry
 
 SCENES = 24, 8  # train, validation
 # Heads that four devices can share and widths that eight can, in as few weights as that allows.
@@ -25,7 +26,7 @@ HF_CONFIG = dict(
 )  # fmt: skip
 SMALL = {
     "data.geometry.focal_px": 50.0, "data.geometry.crop_width": (48, 48), "data.geometry.crop_height": (48, 48),
-    "data.marker_scale": 1, "data.global_batch_rows": 8, "data.max_tokens": 125, "data.max_patches": 64,
+    "data.reference.scale": 1, "data.global_batch_rows": 8, "data.max_tokens": 125, "data.max_patches": 64,
     "data.prefetch_rows": 8, "optim.learning_rate": 1e-2, "train.max_steps": 6, "train.save_steps": 3,
     "train.logging_steps": 1,
 }  # fmt: skip
@@ -40,7 +41,7 @@ def recipe(scenes: Path, changes: dict | None = None) -> ml_collections.ConfigDi
     """Returns the demo's recipe, shrunk; `changes` are {'train.seed': 1, …}."""
     shrunk = demo.get_config()
     shrunk.model.hf_config = HF_CONFIG
-    paths = {"data.train.path": str(scenes), "eval.source.path": str(scenes)}
+    paths = {"data.sources.main.path": str(scenes), "eval.source.path": str(scenes)}
     for path, value in (SMALL | paths | (changes or {})).items():
         section, _, name = path.rpartition(".")
         node = shrunk
@@ -53,6 +54,17 @@ def recipe(scenes: Path, changes: dict | None = None) -> ml_collections.ConfigDi
 
 def config(scenes: Path, changes: dict | None = None) -> config_module.Config:
     return config_module.parse(recipe(scenes, changes))
+
+
+def processor(hf_config: dict, folder: Path):
+    """Returns a processor with these sizes and a vocabulary of its own."""
+    family, texts = registry.family("qwen2_5_vl"), ["system\n", "user\n", "assistant\n", tasks.SYSTEM, tasks.QUESTION]
+    family.write_scratch(hf_config, [*texts, tasks.answer_text(1.23)], folder)
+    return processor_of(folder)
+
+
+def processor_of(folder: Path):
+    return registry.family("qwen2_5_vl").processor(Path(folder))
 
 
 def write_jsonl(scenes: Path, folder: Path, count: int) -> Path:

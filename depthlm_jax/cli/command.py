@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -110,7 +111,8 @@ def _check_overrides(arguments: list[str]) -> None:
     for argument in arguments:
         if argument.startswith("--config."):
             path = argument.split("=", 1)[0].removeprefix("--config.")
-            if path not in known and not path.startswith("model.hf_config."):
+            of_main = re.sub(r"^data\.sources\.[^.]+", "data.sources.main", path)  # a recipe names its own sources
+            if of_main not in known and not path.startswith("model.hf_config."):
                 raise config_module.unknown_key(path, known)
 
 

@@ -27,13 +27,14 @@ def run(values: flags.FlagValues) -> dict:
     result = evaluate.evaluate(this, parameters)
     scores = evaluate.save(result, step, output)
     first = result.answers[: len(result.shown)]
-    answers_m, texts = [answer.answer_m for answer in first], [answer.text for answer in first]
-    report.answer_sheet(result.shown, answers_m, texts, output / "answers.png")
-    report.scatter(result.truth_m, result.answers_m, output / "scatter.png")
+    numbers, texts = [answer.answer for answer in first], [answer.text for answer in first]
+    report.answer_sheet(result.shown, numbers, texts, output / "answers.png")
+    unit = report.UNITS[this.config.eval.task]
+    report.scatter(result.truth, result.numbers, output / "scatter.png", unit)
     constant = scores["best_constant"]
     log.say(
         report.table(
-            [(f"model, step {step}", scores["model"]), (f"best constant, {constant['answer_m']:.2f} m", constant)],
+            [(f"model, step {step}", scores["model"]), (f"best constant, {constant['answer']:.2f} {unit}", constant)],
             COLUMNS,
         )
     )

@@ -7,7 +7,6 @@ from depthlm_jax import log, tree
 from depthlm_jax import run as runs
 from depthlm_jax.cli import command
 from depthlm_jax.data import pipeline
-from depthlm_jax.data.records import open_source
 from depthlm_jax.eval import report
 from depthlm_jax.train import loop
 
@@ -22,13 +21,15 @@ def run(values: flags.FlagValues) -> dict:
     config, workdir = command.read_config(values), command.read_path(values, "workdir")
     if values.distributed:
         jax.distributed.initialize()
-    records = open_source(config.data.train)
+    sources = pipeline.open_sources(config)
     this = runs.open_run(config, workdir)
-    batches = pipeline.training_batches(records, this.processor, config, jax.process_index(), jax.process_count())
+    batches = pipeline.training_batches(sources, this.processor, config, jax.process_index(), jax.process_count())
     log.say(
         f"{tree.count(this.network.abstract):,} parameters · mesh {dict(this.mesh.shape)} on {len(jax.devices())} "
-        f"{jax.devices()[0].platform} · {len(records):,} records"
+        f"{jax.devices()[0].platform}"
     )
+    for name, records in sources.items():
+        log.say(f"source {name}: {len(records):,} records, {config.data.sources[name].path}")
     trainer = loop.make_trainer(this.network, config, this.mesh)
     state = loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this))
     if jax.process_index() == 0:

@@ -1,8 +1,7 @@
-"""Records → samples → rows → batches.
+"""Sources → plan → samples → rows → batches; and the questions of an evaluation.
 
-Row r of the run is a function of (seed, r): Grain's shuffle, repeat and random_map are evaluated at any index. Step s
-trains on rows s·R … s·R + R − 1, of which every host makes its own, so the order does not depend on the number of hosts
-or threads, and the position to resume from is one number.
+Step s of a run trains on the rows that the plan gives it, whatever the number of hosts, worker processes and threads:
+each makes the rows that are its own, and nothing but the plan's position has to be kept to go on.
 """
 
 import dataclasses
@@ -14,10 +13,11 @@ import numpy as np
 
 from depthlm_jax import batch as batch_contract
 from depthlm_jax import config as config_module
-from depthlm_jax.data import packing, transforms
-from depthlm_jax.data.official import official_eval_indices
-from depthlm_jax.data.records import Records
+from depthlm_jax.data import official, packing, plan, reference, tasks, transforms
+from depthlm_jax.data.records import Records, open_source
 from depthlm_jax.errors import InputError
+
+APART_M = 0.05  # between two points: two decimals have to tell their distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,93 +30,197 @@ class Dropped:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows of the batch contract, and what they were made of."""
+class About:
+    """What rows were made of."""
 
-    arrays: dict[str, np.ndarray]
     record_ids: tuple[str, ...]
     dropped: tuple[Dropped, ...]
+    used: tuple[int, int, int]  # tokens, patch slots and supervised positions that hold something
+    position: plan.Position  # of the plan after the step
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of the batch contract."""
+
+    arrays: dict[str, np.ndarray]
+    about: About
+
+
+def open_sources(config: config_module.Config) -> dict[str, Records]:
+    """Returns the records of each training source whose weight is above 0.
+
+    Raises:
+      InputError: nothing there, or no weight.
+    """
+    on = {name: source for name, source in config.data.sources.items() if source.weight > 0}
+    return {name: open_source(source) for name, source in on.items()}
+
+
+def limits_of(processor) -> transforms.Limits:
+    sizes = processor.config
+    return transforms.Limits(sizes.grid_px, sizes.min_pixels, sizes.max_pixels)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleMaker:
-    """(index of a record, random numbers) → (example, sample), or why there is none."""
+    """Planned slot → (example, sample), or why there is none."""
 
-    records: Records
+    sources: dict[str, Records]
     processor: object  # of the model's family
     config: config_module.Config
 
-    @property
-    def limits(self) -> transforms.Limits:
-        sizes = self.processor.config
-        return transforms.Limits(sizes.grid_px, sizes.min_pixels, sizes.max_pixels)
-
-    def __call__(self, index: int, rng: np.random.Generator):
-        example = self.example(index, rng)
-        return example if isinstance(example, Dropped) else (example, self.encode(example))
-
-    def example(self, index: int, rng: np.random.Generator) -> "transforms.Example | Dropped":
-        """Returns a question about a uniformly drawn usable point of the record."""
-        data = self.config.data
+    def __call__(self, slot: plan.Slot) -> "tuple[transforms.Example, batch_contract.Sample] | Dropped":
         try:
-            seen = transforms.look(self.records[index], data, self.limits, rng)
-            usable = np.flatnonzero(seen.usable)
-            if not len(usable):
-                return Dropped(seen.record_id, "no labelled point inside the crop with room for the marker", bad=False)
-            return transforms.ask(seen, int(rng.choice(usable)), data, self.limits)
+            example = self.example(slot)
+            return example if isinstance(example, Dropped) else (example, self.encode(example, slot))
         except InputError as error:
-            return Dropped(f"record {index}", str(error), bad=True)
+            return Dropped(f"{slot.source}, record {slot.record}", str(error), bad=True)
 
-    def encode(self, example: transforms.Example) -> batch_contract.Sample:
-        train = self.config.train
-        return self.processor.encode(
-            [example.image], example.question, example.answer, loss_on=train.loss_on, digit_weight=train.digit_weight
-        )
+    def example(self, slot: plan.Slot) -> "transforms.Example | Dropped":
+        """Returns questions about randomly drawn usable points of the slot's record.
+
+        Raises:
+          InputError: the record, or the second one of a pair, is bad.
+        """
+        data, limits, task = self.config.data, limits_of(self.processor), tasks.TASKS[slot.task]
+        jitter = data.sources[slot.source].aspect_jitter
+        records = [slot.record, slot.partner][: task.images]
+        looks = [
+            transforms.look(self.sources[slot.source][index], data, limits, slot.chance, jitter)
+            for index in records
+            if index >= 0
+        ]
+        first = looks[0]
+        if task.images == 2 and (len(looks) < 2 or any(seen.centre_m is None for seen in looks)):
+            return Dropped(first.record_id, "no second image of its scene nearby, or no pose", bad=False)
+        rng = np.random.default_rng((self.config.train.seed, *plan.key_of(slot.source), slot.draw))
+        points = choose_points(first, slot.task, data, rng)
+        if not points:
+            return Dropped(first.record_id, "not enough labelled points inside the crop that can be pointed at", False)
+        return transforms.example(looks, slot.task, points, data, limits, rng.random(len(points)).tolist())
+
+    def encode(self, example: transforms.Example, slot: plan.Slot) -> batch_contract.Sample:
+        """Returns the sample of an example.
+
+        Raises:
+          InputError: it is larger than planned.
+        """
+        turns = [(question.text, question.answer) for question in example.questions]
+        sample = self.processor.encode(
+            example.images, turns, layout=self.config.data.reference.layout, loss_on=self.config.train.loss_on,
+            digit_weight=self.config.train.digit_weight,
+        )  # fmt: skip
+        if np.any(np.array(packing.size_of(sample)) > slot.size):
+            raise InputError(
+                f"{example.record_id}: the sample is larger than its declared size allows",
+                found=packing.size_of(sample), expected=f"at most {slot.size} (tokens, patch slots, answer tokens)",
+                fix="correct W, H of the record's intrinsics, or build the source's index again",
+            )  # fmt: skip
+        return sample
 
 
-@dataclasses.dataclass(frozen=True)
+def choose_points(
+    seen: transforms.Look, task: str, data: config_module.Data, rng: np.random.Generator
+) -> list[tuple[int, ...]]:
+    """Returns the points of each question, as many questions as the config wants and the image has points for."""
+    wanted, needed = transforms.questions_of(task, data), tasks.TASKS[task].points
+    usable = np.flatnonzero(seen.usable)
+    if needed == 0:
+        return [()]
+    if needed == 1 and data.geometry.mode == "official" and len(usable):
+        drawn = rng.integers(len(seen.usable), size=wanted)
+        return [(official.official_training_point(int(one), seen.usable),) for one in drawn]
+    drawn = rng.permutation(usable)
+    return groups_of(seen, drawn, needed, data.reference)[:wanted]
+
+
+def groups_of(
+    seen: transforms.Look, drawn: np.ndarray, needed: int, settings: config_module.Reference
+) -> list[tuple[int, ...]]:
+    """Returns each drawn point, or each with the next one that is another one in the picture and in space."""
+    if needed == 1:
+        return [(int(point),) for point in drawn]
+    pairs = []
+    for place, point in enumerate(drawn):
+        others = np.roll(drawn, -place)[1:]
+        apart = reference.separate(settings.mode, settings.scale, seen.pixels[point], seen.pixels[others])
+        apart &= np.linalg.norm(seen.points_m[others] - seen.points_m[point], axis=1) >= APART_M
+        if apart.any():
+            both = int(point), int(others[apart.argmax()])
+            pairs.append(tuple(sorted(both, key=lambda one: int(seen.pixels[one, 0]))))  # left to right, as markers are
+    return pairs
+
+
 class HostRows:
-    """The rows that one host makes, in its order."""
+    """The rows that one host makes, in its order; opens its sources anew in each process that reads it."""
 
-    rows: grain.MapDataset
-    per_step: int  # of all hosts
-    host: int
-    hosts: int
-    first_step: int
+    def __init__(
+        self, sources: dict[str, Records] | None, processor, config: config_module.Config, host: int, hosts: int,
+        position: plan.Position,
+    ):  # fmt: skip
+        self.state = processor, config, host, hosts, position
+        self.sources = open_sources(config) if sources is None else sources
+        self.maker = SampleMaker(self.sources, processor, config)
+        self.local, self.host, self.first_step = config.data.global_batch_rows // hosts, host, position.step
+        self.shape = row_shape(config.data, processor.config)
+        planner = plan.Planner(self.sources, processor, config, self.shape, position)
+        ahead = config.data.prefetch_rows + config.data.read_threads + 2  # rows, and so at most steps
+        self.plans = plan.StepPlans(planner, ahead * max(1, config.data.workers))
+
+    def __reduce__(self):
+        return HostRows, (None, *self.state)
 
     def __len__(self) -> int:
-        return sys.maxsize // self.per_step  # endless
+        return sys.maxsize // (2 * self.local)  # endless
 
-    def __getitem__(self, index: int) -> Rows:
-        local = self.per_step // self.hosts
-        step, row = divmod(index, local)
-        return self.rows[(self.first_step + step) * self.per_step + self.host * local + row]
+    def __getitem__(self, index: int) -> dict:
+        step, row = divmod(index, self.local)
+        rows, position = self.plans[self.first_step + step]
+        made = [self.maker(slot) for slot in rows[self.host * self.local + row]]
+        kept = [item for item in made if not isinstance(item, Dropped)]
+        names = tuple(example.record_id for example, _ in kept)
+        samples = [sample for _, sample in kept]
+        arrays = packing.pack(samples, self.shape, self.maker.processor.config.patches_per_merged, names)
+        used = np.sum([packing.size_of(sample) for sample in samples], axis=0) if samples else (0, 0, 0)
+        dropped = tuple(item for item in made if isinstance(item, Dropped))
+        return {"arrays": arrays, "about": About(names, dropped, tuple(int(n) for n in used), position)}
 
 
 class Batches:
-    """Endless iterator of one host's `Rows` of each step; its state is the number of steps, for any host count."""
+    """Endless iterator of one host's `Rows` of each step; its state is the plan's position, for any host count."""
 
-    def __init__(self, rows: grain.MapDataset, data: config_module.Data, host: int, hosts: int):
-        self.rows, self.data, self.host, self.hosts = rows, data, host, hosts
-        self.set_state({"step": 0})
+    def __init__(self, sources: dict[str, Records], processor, config: config_module.Config, host: int, hosts: int):
+        self.make_rows = lambda position: HostRows(sources, processor, config, host, hosts, position)
+        self.data, self.local = config.data, config.data.global_batch_rows // hosts
+        self.reader = None
+        self.set_state(dataclasses.asdict(plan.Position()))
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Rows:
         rows = next(self.reader)
-        self.step += 1
+        self.position = rows.about.position
         return rows
 
-    def get_state(self) -> dict[str, int]:
-        return {"step": self.step}
+    def get_state(self) -> dict:
+        return dataclasses.asdict(self.position)
 
-    def set_state(self, state: dict[str, int]) -> None:
-        data, self.step = self.data, state["step"]
-        reading = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_rows)
-        mine = HostRows(self.rows, data.global_batch_rows, self.host, self.hosts, self.step)
-        rows = grain.MapDataset.source(mine).to_iter_dataset(reading)
-        self.reader = iter(rows.batch(data.global_batch_rows // self.hosts, batch_fn=join_rows))
+    def set_state(self, state: dict) -> None:
+        self.close()
+        self.position = plan.position_of(state)
+        reading = grain.ReadOptions(num_threads=self.data.read_threads, prefetch_buffer_size=self.data.prefetch_rows)
+        rows = grain.MapDataset.source(self.make_rows(self.position)).to_iter_dataset(reading)
+        if self.data.workers:
+            buffer = -(-self.data.prefetch_rows // self.data.workers)
+            rows = rows.mp_prefetch(grain.MultiprocessingOptions(self.data.workers, buffer))
+        self.reader = iter(rows.batch(self.local, batch_fn=join_rows))
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self.reader is not None:
+            self.reader.close()
 
 
 def row_shape(data: config_module.Data, sizes) -> batch_contract.RowShape:
@@ -131,19 +235,13 @@ def row_shape(data: config_module.Data, sizes) -> batch_contract.RowShape:
     return batch_contract.RowShape(data.max_tokens, data.max_patches, data.max_answer_tokens, sizes.channels)
 
 
-def training_samples(records: Records, processor, config: config_module.Config) -> grain.MapDataset:
-    """Returns the endless sequence of (example, sample) or `Dropped`, with random access; a new order each epoch."""
-    order = grain.MapDataset.range(len(records)).seed(config.train.seed).shuffle().repeat()
-    return order.random_map(SampleMaker(records, processor, config))
-
-
 def training_batches(
-    records: Records, processor, config: config_module.Config, host: int = 0, hosts: int = 1
+    sources: dict[str, Records], processor, config: config_module.Config, host: int = 0, hosts: int = 1
 ) -> Batches:
     """Returns this host's `Rows` of each step.
 
     Args:
-      records: of the training source.
+      sources: of `open_sources`.
       processor: of the model's family, from a Hugging Face folder.
       config: of the run.
       host: number of this process.
@@ -152,40 +250,34 @@ def training_batches(
     Raises:
       InputError: hosts do not divide data.global_batch_rows, or data.max_patches is not in whole windows.
     """
-    data = config.data
-    if data.global_batch_rows % hosts:
+    rows = config.data.global_batch_rows
+    if rows % hosts:
         raise InputError(
-            "config: data.global_batch_rows cannot be shared", found=f"{data.global_batch_rows} rows, {hosts} hosts",
+            "config: data.global_batch_rows cannot be shared", found=f"{rows} rows, {hosts} hosts",
             expected=f"a multiple of {hosts}", fix="set --config.data.global_batch_rows",
         )  # fmt: skip
-    shape, merged = row_shape(data, processor.config), processor.config.patches_per_merged
-
-    def pack_row(items: Sequence) -> Rows:
-        kept = [item for item in items if not isinstance(item, Dropped)]
-        names = [example.record_id for example, _ in kept]
-        arrays = packing.pack([sample for _, sample in kept], shape, merged, names)
-        return Rows(arrays, tuple(names), tuple(item for item in items if isinstance(item, Dropped)))
-
-    rows = training_samples(records, processor, config).batch(data.samples_per_row, batch_fn=pack_row)
-    return Batches(rows, data, host, hosts)
+    return Batches(sources, processor, config, host, hosts)
 
 
-def join_rows(rows: Sequence[Rows]) -> Rows:
+def join_rows(rows: Sequence[dict]) -> Rows:
     """Returns one `Rows` with a B axis."""
-    return Rows(
-        packing.stack([row.arrays for row in rows]),
-        tuple(name for row in rows for name in row.record_ids),
-        tuple(drop for row in rows for drop in row.dropped),
+    abouts = [row["about"] for row in rows]
+    about = About(
+        tuple(name for one in abouts for name in one.record_ids),
+        tuple(drop for one in abouts for drop in one.dropped),
+        tuple(sum(numbers) for numbers in zip(*(one.used for one in abouts), strict=True)),
+        abouts[-1].position,
     )
+    return Rows(packing.stack([row["arrays"] for row in rows]), about)
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
     """What evaluation asks about one image."""
 
-    examples: tuple[transforms.Example, ...]
+    examples: tuple[transforms.Example, ...]  # of one question each
     excluded: int  # points that were no candidates, because the marker does not fit
-    short: int  # questions that the image had no point left for
+    short: int  # questions that the image had no point left for, or no second image
 
 
 def evaluation_questions(records: Records, processor, config: config_module.Config) -> Iterator[Questions]:
@@ -194,32 +286,44 @@ def evaluation_questions(records: Records, processor, config: config_module.Conf
     Points are drawn without replacement, by (eval.seed, image); in official geometry, as the release draws them.
     Nothing is substituted: what cannot be asked is counted.
     """
-    maker, settings = SampleMaker(records, processor, config), config.eval
-    draw = _official_draw if config.data.geometry.mode == "official" else _even_draw
+    settings, data, limits = config.eval, config.data, limits_of(processor)
+    task = tasks.TASKS[settings.task]
+    draw = _official_draw if data.geometry.mode == "official" and task.points == 1 else _even_draw
     order, points_of = draw(records, settings)
 
     def ask_image(place: int) -> Questions:
-        seen = transforms.look(records[order[place]], config.data, maker.limits, None)
-        points, wanted = points_of(place, seen.usable)
-        examples = tuple(transforms.ask(seen, int(point), config.data, maker.limits) for point in points)
-        return Questions(examples, int(np.sum(~seen.usable)), wanted - len(examples))
+        looks = [transforms.look(records[order[place]], data, limits)]
+        drawn, wanted = points_of(place, looks[0].usable)
+        if task.images == 2:
+            partner = plan.partner_of(records.index["scene"], order[place], 0.5)
+            looks += [transforms.look(records[partner], data, limits)] if partner >= 0 else []
+            paired = len(looks) == 2 and all(seen.centre_m is not None for seen in looks)
+            points = [()] if paired and wanted else []
+        else:
+            points = groups_of(looks[0], drawn, task.points, data.reference)[:wanted]
+        chances = np.random.default_rng((settings.seed, order[place], 1)).random(len(points)).tolist()
+        examples = tuple(
+            transforms.example(looks, settings.task, [chosen], data, limits, [chance])
+            for chosen, chance in zip(points, chances, strict=True)
+        )
+        return Questions(examples, int(np.sum(~looks[0].usable)), wanted - len(examples))
 
-    reading = grain.ReadOptions(num_threads=config.data.read_threads, prefetch_buffer_size=config.data.prefetch_rows)
+    reading = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_rows)
     yield from grain.MapDataset.range(len(order)).map(ask_image).to_iter_dataset(reading)
 
 
-# A draw: (indices of the records to ask, (place among them, usable points) → (points to ask, how many were wanted)).
-Draw = tuple[Sequence[int], Callable[[int, np.ndarray], tuple[Sequence[int], int]]]
+# A draw: (indices of the records to ask, (place among them, usable points) → (points in the order to ask, how many
+# questions were wanted)).
+Draw = tuple[Sequence[int], Callable[[int, np.ndarray], tuple[np.ndarray, int]]]
 
 
 def _even_draw(records: Records, settings: config_module.Eval) -> Draw:
     order = np.random.default_rng(settings.seed).permutation(len(records))[: settings.samples].tolist()
     share, more = divmod(settings.samples, len(order))
 
-    def points_of(place: int, usable: np.ndarray) -> tuple[Sequence[int], int]:
-        wanted = share + (place < more)
+    def points_of(place: int, usable: np.ndarray) -> tuple[np.ndarray, int]:
         rng = np.random.default_rng((settings.seed, order[place]))
-        return rng.permutation(np.flatnonzero(usable))[:wanted], wanted
+        return rng.permutation(np.flatnonzero(usable)), share + (place < more)
 
     return order, points_of
 
@@ -227,10 +331,10 @@ def _even_draw(records: Records, settings: config_module.Eval) -> Draw:
 def _official_draw(records: Records, settings: config_module.Eval) -> Draw:
     """The release's questions; where it silently asks another one, this asks one less."""
     images = min(len(records), settings.samples)
-    drawn = official_eval_indices(settings.samples, len(records[0].depth_m), settings.seed)
+    drawn = official.official_eval_indices(settings.samples, len(records[0].depth_m), settings.seed)
 
-    def points_of(place: int, usable: np.ndarray) -> tuple[Sequence[int], int]:
+    def points_of(place: int, usable: np.ndarray) -> tuple[np.ndarray, int]:
         wanted = drawn[place::images]
-        return [point for point in wanted if point < len(usable) and usable[point]], len(wanted)
+        return np.array([point for point in wanted if point < len(usable) and usable[point]], int), len(wanted)
 
     return range(images), points_of

@@ -9,16 +9,20 @@ World frame in metres, camera at the origin: X right, Y down, Z forward, so the 
 
 import dataclasses
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 from numpy.random import Generator
 from PIL import Image
 
+from depthlm_jax.data import writer
+
 DATASET = "synthetic_depth"
+VERSION = "1.0.0"  # raise when `render` changes, so that old copies are not taken for new ones
 SPLITS = ("train", "validation")
+SHARDS = 8  # files of a split that several processes write
+ONE_PROCESS_SCENES = 256  # so few are rendered before a process has started
 SEED = 2026  # first number of each scene's seed
 POINTS = 16  # labelled pixels of a scene
 DEPTH_RANGE_M = (0.7, 30.0)  # of the labels
@@ -239,42 +243,19 @@ def one_surface(surface_HW: np.ndarray) -> np.ndarray:
     return low == high
 
 
-class SyntheticDepth(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of the scenes; use `build`."""
-
-    VERSION = tfds.core.Version("1.0.0")  # raise when `render` changes, so that old copies are not taken for new ones
-    code_path = None  # no checksum file beside this one; looking for it needs a package that TFDS does not install
-
-    def __init__(self, data_dir: Path, counts: tuple[int, int], progress: Callable[[int, int], None] | None):
-        self._counts, self._progress = counts, progress
-        super().__init__(data_dir=data_dir, file_format="array_record")  # the default needs TensorFlow
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                "intrinsics": tfds.features.Tensor(shape=(6,), dtype=np.float32),
-                "pixel_coords": tfds.features.Tensor(shape=(None, 2), dtype=np.float32),
-                "depth": tfds.features.Tensor(shape=(None,), dtype=np.float32),
-                "depth_kind": tfds.features.ClassLabel(names=["z", "ray"]),
-                "dataset": tfds.features.Text(),
-            }
-        )
-        return tfds.core.DatasetInfo(builder=self, features=features, description="Rendered scenes with exact depth.")
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(number) for number, split in enumerate(SPLITS)}
-
-    def _generate_examples(self, split_number: int) -> Iterator[tuple[int, dict]]:
-        for scene_number in range(self._counts[split_number]):
-            yield scene_number, example(render(scene_seed(split_number, scene_number)))
-            if self._progress is not None:
-                self._progress(sum(self._counts[:split_number]) + scene_number + 1, sum(self._counts))
-
-
 def scene_seed(split_number: int, scene_number: int) -> tuple[int, int, int]:
     """Returns the seed of a scene: no two splits share one."""
     return SEED, split_number, scene_number
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitExamples:
+    """The TFDS example of each scene of a split."""
+
+    split_number: int
+
+    def __call__(self, scene_number: int) -> dict[str, object]:
+        return example(render(scene_seed(self.split_number, scene_number)))
 
 
 def example(scene: Scene) -> dict[str, object]:
@@ -293,7 +274,11 @@ def example(scene: Scene) -> dict[str, object]:
 
 
 def build(
-    data_dir: str | Path, train_scenes: int, val_scenes: int, progress: Callable[[int, int], None] | None = None
+    data_dir: str | Path,
+    train_scenes: int,
+    val_scenes: int,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
 ) -> Path:
     """Returns the folder of the prepared data set, to be given as `Source.path`; renders it unless it is there.
 
@@ -301,14 +286,13 @@ def build(
       data_dir: folder of TFDS data sets; made if need be.
       train_scenes: scenes of the split `train`.
       val_scenes: scenes of the split `validation`.
-      progress: called with the number of scenes done and of all scenes after each scene.
+      progress: called with the number of scenes done and of all scenes.
+      workers: processes; see `writer.write` for what more than one needs.
     """
     home = Path(data_dir) / f"{train_scenes}_{val_scenes}"  # copies of other sizes stay untouched beside it
-    builder = SyntheticDepth(home, (train_scenes, val_scenes), progress)
-    tfds.disable_progress_bar()
-    try:
-        builder.download_and_prepare()
-    except OSError:  # another process was first to move its copy, the same to the byte, into place
-        if not builder.is_prepared():
-            raise
-    return Path(builder.data_dir)
+    counts = dict(zip(SPLITS, (train_scenes, val_scenes), strict=True))
+    splits = {split: (count, SplitExamples(number)) for number, (split, count) in enumerate(counts.items())}
+    if train_scenes + val_scenes <= ONE_PROCESS_SCENES:
+        workers = 1
+    shards = SHARDS if workers > 1 else 1
+    return writer.write(home / DATASET / VERSION, DATASET, splits, shards, workers, progress)

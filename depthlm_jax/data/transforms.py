@@ -1,12 +1,15 @@
-"""Record → view → question: the pure functions of camera, reference and tasks in the order that the method needs."""
+"""Record → view → questions: the pure functions of camera, reference and tasks in the order that the method needs."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from depthlm_jax import config
-from depthlm_jax.data import camera, reference, tasks
-from depthlm_jax.data.records import MAX_IMAGE_PIXELS, DepthRecord, decode_image
+from depthlm_jax.data import camera, images, reference, tasks
+from depthlm_jax.data.depth_record import DepthRecord
+
+WIDEST_PX = 88888  # no coordinate or focal length has more digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,54 +27,140 @@ class Look:
 
     record_id: str
     image: np.ndarray  # (H, W, 3) uint8
+    camera: camera.Camera  # of the image
     pixels: np.ndarray  # (N, 2) int x, y in the image
     usable: np.ndarray  # (N,) bool: inside, and the marker fits
-    depth_m: np.ndarray  # (N,) of the kind that the answer is to say
+    label_m: np.ndarray  # (N,) distance of the kind that is meant
+    axis_m: np.ndarray  # (N,) along the principal axis
+    points_m: np.ndarray  # (N, 3) in the camera's frame
+    centre_m: np.ndarray | None  # (3,) of the camera in the world; None: the record has no pose
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question and its answer."""
+
+    task: str
+    pixels: tuple[tuple[int, int], ...]  # x, y of each point in the image that markers are drawn on
+    text: str
+    answer: str
+    truth: float  # in the unit of the task, not rounded
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question about one pixel."""
+    """What is asked about a record."""
 
     record_id: str
-    image: np.ndarray  # (H, W, 3) uint8, marker drawn, sides multiples of the grid
-    pixel: tuple[int, int]  # x, y of the query in the image that the marker was drawn on
-    question: str
-    answer: str
-    truth_m: float
+    images: tuple[np.ndarray, ...]  # (H, W, 3) uint8, markers drawn, sides multiples of the grid
+    questions: tuple[Question, ...]
 
 
-def look(record: DepthRecord, data: config.Data, limits: Limits, rng: np.random.Generator | None) -> Look:
+def look(
+    record: DepthRecord, data: config.Data, limits: Limits, chance: camera.Chance | None = None,
+    aspect_jitter: tuple[float, float] = (1.0, 1.0),
+) -> Look:  # fmt: skip
     """Returns the record's image under the geometry of the config.
 
     Args:
       record: as stored.
-      data: geometry, label kind and marker size.
+      data: geometry, reference and label kind.
       limits: of the model.
-      rng: draws the crop; None: no crop, as in evaluation.
+      chance: decides crop, flip and jitter; None: none of them, as in evaluation.
+      aspect_jitter: of the source.
 
     Raises:
       InputError: the image cannot be decoded, is of another size than declared, or leaves the model's limits.
     """
-    image = decode_image(record)
-    source = camera.Camera(*record.intrinsics, width=image.shape[1], height=image.shape[0])
-    view = camera.plan_view(source, data.geometry, limits.grid_px, rng)
+    opened = images.open_image(record)
+    source = camera.Camera(*record.intrinsics.tolist(), *opened.size)
+    view = camera.plan_view(source, data.geometry, limits.grid_px, chance, aspect_jitter)
     if data.geometry.mode == "corrected":
         camera.check_pixels(view, limits.min_pixels, limits.max_pixels)
     else:  # the second resize keeps the model's limits by itself, but needs an image
-        camera.check_pixels(view, 1, MAX_IMAGE_PIXELS)
+        camera.check_pixels(view, 1, images.MAX_IMAGE_PIXELS)
     pixels, inside = camera.project_points(view, record.pixel_coords)
-    fits = reference.arrow_fits(view.camera.width, view.camera.height, pixels, data.marker_scale)
-    kind = record.depth_kind if data.label_kind == "record" else data.label_kind
-    depth_m = camera.convert_depth(source, record.pixel_coords, record.depth_m, record.depth_kind, kind)
-    return Look(record.record_id, camera.apply_view(view, image), pixels, inside & fits, depth_m)
+    fits = reference.fits(data.reference.mode, data.reference.scale, view.camera.width, view.camera.height, pixels)
+    given = source, record.pixel_coords, record.depth_m, record.depth_kind
+    axis_m = camera.convert_depth(*given, "z")
+    return Look(
+        record.record_id, images.render(opened, view), view.camera, pixels, inside & fits,
+        label_m=camera.label_depth(record.dataset, *given, data.label_kind), axis_m=axis_m,
+        points_m=camera.points_in_camera(source, record.pixel_coords, axis_m),
+        centre_m=None if record.pose is None else record.pose[:3, 3],
+    )  # fmt: skip
 
 
-def ask(seen: Look, point: int, data: config.Data, limits: Limits) -> Example:
-    """Returns the question about one of the look's points."""
-    x, y = (int(v) for v in seen.pixels[point])
-    image = reference.draw_arrow(seen.image, x, y, data.marker_scale)
+def questions_of(task: str, data: config.Data) -> int:
+    """Returns the questions of one sample."""
+    return data.reference.questions if tasks.TASKS[task].images == 1 else 1
+
+
+def example(
+    looks: Sequence[Look], task: str, points: Sequence[Sequence[int]], data: config.Data, limits: Limits,
+    chances: Sequence[float],
+) -> Example:  # fmt: skip
+    """Returns questions about one image, or about two of one scene.
+
+    Args:
+      looks: as many as the task has images.
+      task: name in tasks.TASKS.
+      points: of the first look, for each question as many as the task has points; () for a task without points.
+      data: geometry, reference and camera hint.
+      limits: of the model.
+      chances: in [0, 1), one a question: numbers that a question needs.
+    """
+    first = looks[0]
+    pixels = [tuple((int(x), int(y)) for x, y in first.pixels[list(chosen)]) for chosen in points]
+    marked = reference.draw(
+        first.image, [pixel for chosen in pixels for pixel in chosen], data.reference.mode, data.reference.scale,
+        data.reference.color,
+    )  # fmt: skip
+    pictures = [marked, *(seen.image for seen in looks[1:])]
     if data.geometry.mode == "official":
-        image = camera.snap_to_grid(image, limits.grid_px, limits.min_pixels, limits.max_pixels)
-    depth_m = float(seen.depth_m[point])
-    return Example(seen.record_id, image, (x, y), tasks.QUESTION, tasks.answer_text(depth_m), depth_m)
+        pictures = [camera.snap_to_grid(picture, *dataclasses.astuple(limits)) for picture in pictures]
+    opening, note, ray_first = _frame(data, [seen.camera for seen in looks])
+    asked = [
+        tasks.ask(task, facts(looks, chosen, data, chance), opening, note, ray_first)
+        for chosen, chance in zip(points, chances, strict=True)
+    ]
+    questions = tuple(
+        Question(task, where, one.question, one.answer, one.truth) for where, one in zip(pixels, asked, strict=True)
+    )
+    return Example(first.record_id, tuple(pictures), questions)
+
+
+def facts(looks: Sequence[Look], points: Sequence[int], data: config.Data, chance: float) -> tasks.Facts:
+    """Returns what is known about one or two points of the first look, or about the cameras of two looks."""
+    first = looks[0]
+    if len(looks) == 2:
+        return tasks.Facts(moved_m=float(np.linalg.norm(looks[1].centre_m - first.centre_m)), chance=chance)
+    pixels, point = first.pixels[list(points)], points[0]
+    return tasks.Facts(
+        place=reference.place(
+            data.reference.mode, data.reference.color, pixels, first.camera.width, first.camera.height
+        ),
+        distance_m=float(first.label_m[point]),
+        axis_m=float(first.axis_m[point]),
+        apart_m=float(np.linalg.norm(first.points_m[points[-1]] - first.points_m[point])),
+        rays=tuple(tuple(camera.viewing_ray(first.camera, *pixel).tolist()) for pixel in pixels),
+        chance=chance,
+    )
+
+
+def widest(task: str, data: config.Data) -> tasks.Asked:
+    """Returns the longest question and answer that the config gives for a task."""
+    row = tasks.TASKS[task]
+    seen = camera.Camera(WIDEST_PX, WIDEST_PX, -WIDEST_PX, -WIDEST_PX, WIDEST_PX, WIDEST_PX)
+    pixels = [(WIDEST_PX - 1, WIDEST_PX - 1)] * row.points
+    place = reference.place(data.reference.mode, data.reference.color, pixels, WIDEST_PX, WIDEST_PX) if pixels else ""
+    return tasks.widest(task, place, *_frame(data, [seen] * row.images))
+
+
+def _frame(data: config.Data, cameras: Sequence[camera.Camera]) -> tuple[str, str, bool]:
+    """Returns what is the same in every question about these images: opening, note, whether rays are said first."""
+    with_size = data.reference.mode == "text_raw" and len(cameras) == 1
+    size = (cameras[0].width, cameras[0].height) if with_size else None
+    told = [number for seen in cameras for number in (seen.fx, seen.fy, seen.cx, seen.cy)]
+    opening = tasks.opening(len(cameras), size, told if data.camera_hint == "intrinsics" else None)
+    return opening, reference.note(data.reference.mode), data.camera_hint == "ray"

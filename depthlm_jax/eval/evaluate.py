@@ -27,11 +27,11 @@ class Answer:
     """One question and what the model said."""
 
     record_id: str
-    pixel: tuple[int, int]  # x, y in the image that the marker was drawn on
+    pixels: tuple[tuple[int, int], ...]  # x, y of the points asked about, in the image that markers were drawn on
     question: str
-    truth_m: float
+    truth: float  # in the unit of the task: metres, but of speed m/s, of time s
     text: str
-    answer_m: float | None  # None: no number could be read
+    answer: float | None  # None: no number could be read
 
 
 @dataclasses.dataclass
@@ -44,22 +44,22 @@ class Result:
     questions_not_asked: int = 0  # because an image has too few points
 
     @property
-    def truth_m(self) -> np.ndarray:
-        return np.array([answer.truth_m for answer in self.answers])
+    def truth(self) -> np.ndarray:
+        return np.array([answer.truth for answer in self.answers])
 
     @property
-    def answers_m(self) -> list[float | None]:
-        return [answer.answer_m for answer in self.answers]
+    def numbers(self) -> list[float | None]:
+        return [answer.answer for answer in self.answers]
 
     def scores(self) -> dict:
         """Returns the metrics of the model and of the best constant answer; None where nothing could be measured."""
         ids = [answer.record_id for answer in self.answers]
-        constant_m, _ = metrics.best_constant(self.truth_m)
-        model = metrics.depth_metrics(self.answers_m, self.truth_m, ids)
-        constant = metrics.depth_metrics([constant_m] * len(ids), self.truth_m, ids)
+        constant_m, _ = metrics.best_constant(self.truth)
+        model = metrics.depth_metrics(self.numbers, self.truth, ids)
+        constant = metrics.depth_metrics([constant_m] * len(ids), self.truth, ids)
         return {
             "model": {name: None if math.isnan(value) else value for name, value in model.items()},
-            "best_constant": {"answer_m": constant_m, **constant},
+            "best_constant": {"answer": constant_m, **constant},
             "excluded_points": self.excluded_points,
             "questions_not_asked": self.questions_not_asked,
         }
@@ -84,8 +84,9 @@ def evaluate(run: Run, parameters: dict) -> Result:
         tokens_BG = np.asarray(greedy(parameters, batch))[: len(examples)]
         for example, tokens_G in zip(examples, tokens_BG, strict=True):
             text = run.processor.decode(decode.cut(tokens_G, stops))
-            about = example.record_id, example.pixel, example.question, example.truth_m
-            result.answers.append(Answer(*about, text, tasks.parse_answer(text)))
+            (asked,) = example.questions
+            about = example.record_id, asked.pixels, asked.text, asked.truth
+            result.answers.append(Answer(*about, text, tasks.parse_answer(text, asked.task)))
         result.shown += examples[: SHOWN - len(result.shown)]
         progress(len(result.answers) + result.questions_not_asked, settings.samples)
     if not result.answers:
@@ -113,7 +114,7 @@ def _groups(run: Run, result: Result) -> Iterator[list[Example]]:
 
 def _prompts(run: Run, examples: list[Example]) -> dict[str, np.ndarray]:
     """Returns a batch of one prompt a row; rows without a question repeat the last one."""
-    samples = [run.processor.encode([example.image], example.question, None) for example in examples]
+    samples = [run.processor.encode(example.images, [(example.questions[0].text, None)]) for example in examples]
     padded = [*samples, *[samples[-1]] * (run.config.eval.batch_rows - len(samples))]
     shape, merged = _row_shape(run, samples), run.processor.config.patches_per_merged
     return packing.stack([packing.pack([sample], shape, merged) for sample in padded])

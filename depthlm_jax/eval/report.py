@@ -1,4 +1,4 @@
-"""Pictures and tables that a person looks at: how training went, how answers compare, what the model sees."""
+"""Pictures and tables that a person looks at: how training went, how answers compare."""
 
 import dataclasses
 import math
@@ -11,8 +11,8 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from depthlm_jax.batch import Sample
-from depthlm_jax.data.reference import RED
+from depthlm_jax.config import COLORS
+from depthlm_jax.data import tasks
 from depthlm_jax.data.transforms import Example
 from depthlm_jax.errors import InputError
 from depthlm_jax.eval.metrics import DELTA
@@ -23,12 +23,11 @@ FONT_PX = 13
 LINE_PX = 18
 CLOSE_UP_PX, CLOSE_UP_ZOOM = 36, 3  # what is shown of a large image around its marker, in its own pixels
 MAX_BYTES = 1_000_000  # a larger sheet is reduced to 256 colours
-HEAD_TOKENS, TAIL_TOKENS = 34, 50  # shown of a longer text; the tail holds the answer and the end of the question
 RAW_CHARACTERS = 160  # shown of an answer that could not be read
-POINT_KEY = f"circle: the point asked for (of a large image also ×{CLOSE_UP_ZOOM}, in a corner)"
+UNITS = dict.fromkeys(tasks.TASKS, "m") | {"speed": "m/s", "time": "s"}  # of truth and answer
+POINT_KEY = f"circle: a point asked for (of a large image also ×{CLOSE_UP_ZOOM}, in a corner)"
 RIGHT, WRONG, INK, GREY, PAPER = "#0a7d33", "#c4161c", "#111111", "#6e6e6e", "#ffffff"
-SUPERVISED = ("#bfe8c6", "#ffd08a", "#f3a6b8", "#b9c8f5")  # behind the tokens of each weight, smallest weight first
-TICKS_M = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]
+TICKS = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Piece:
 
     text: str
     ink: str = INK
-    paper: str = PAPER
 
 
 def loss_curve(records: list[dict], file: Path) -> None:
@@ -81,41 +79,43 @@ def loss_curve(records: list[dict], file: Path) -> None:
     _write(file, lambda: figure.savefig(file, dpi=120))
 
 
-def scatter(truth_m: Sequence[float], answers_m: Sequence[float | None], file: Path) -> None:
-    """Draws answers against true depths, both in m on log axes, with the band that δ1 counts as right.
+def scatter(truth: Sequence[float], answers: Sequence[float | None], file: Path, unit: str = "m") -> None:
+    """Draws answers against the truth, both on log axes, with the band that δ1 counts as right.
 
     Args:
-      truth_m: > 0.
-      answers_m: None where none could be read; those far outside the axes are drawn at their edge.
+      truth: > 0.
+      answers: None where none could be read; those far outside the axes are drawn at their edge.
       file: picture to write.
+      unit: of truth and answers.
     """
-    truth_m = np.asarray(truth_m, float)
-    answer_m = np.array([math.nan if answer is None else answer for answer in answers_m], float)
-    ratio = np.maximum(answer_m / truth_m, truth_m / answer_m)
-    low_m, high_m = truth_m.min() / 3, truth_m.max() * 3
-    outside = (answer_m < low_m) | (answer_m > high_m)
+    truth = np.asarray(truth, float)
+    answer = np.array([math.nan if said is None else said for said in answers], float)
+    with np.errstate(divide="ignore"):  # an answer may be 0
+        ratio = np.maximum(answer / truth, truth / answer)
+    low, high = truth.min() / 3, truth.max() * 3
+    outside = (answer < low) | (answer > high)
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     axes = figure.subplots()
-    edge_m = np.array([low_m, high_m])
-    axes.fill_between(edge_m, edge_m / DELTA, edge_m * DELTA, color=RIGHT, alpha=0.15, lw=0, label="within 1.25 (δ1)")
-    axes.plot(edge_m, edge_m, color=GREY, linewidth=1)
+    edge = np.array([low, high])
+    axes.fill_between(edge, edge / DELTA, edge * DELTA, color=RIGHT, alpha=0.15, lw=0, label="within 1.25 (δ1)")
+    axes.plot(edge, edge, color=GREY, linewidth=1)
     groups = (
         ("right", RIGHT, "o", ratio < DELTA), ("wrong", WRONG, "o", (ratio >= DELTA) & ~outside),
         ("outside the axes", WRONG, "D", outside),
     )  # fmt: skip
     for name, color, marker, chosen in groups:
         if chosen.any():
-            shown_m = np.clip(answer_m[chosen], low_m, high_m)
+            shown = np.clip(answer[chosen], low, high)
             style = {"s": 14, "color": color, "marker": marker, "alpha": 0.6, "lw": 0, "clip_on": False, "zorder": 3}
-            axes.scatter(truth_m[chosen], shown_m, label=f"{name}: {chosen.sum()}", **style)
-    unread = int(np.isnan(answer_m).sum())
-    ticks_m = [tick for tick in TICKS_M if low_m <= tick <= high_m]
-    axes.set(xscale="log", yscale="log", xlim=edge_m, ylim=edge_m, aspect="equal")
+            axes.scatter(truth[chosen], shown, label=f"{name}: {chosen.sum()}", **style)
+    unread = int(np.isnan(answer).sum())
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axes.set(xscale="log", yscale="log", xlim=edge, ylim=edge, aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(ticks_m, [f"{tick:g}" for tick in ticks_m])
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_minor_locator(ticker.NullLocator())
-    axes.set(xlabel="true depth (m)", ylabel="answer (m)")
-    axes.set_title(f"{len(truth_m)} points: δ1 = {np.mean(ratio < DELTA):.3f}, {unread} without an answer", fontsize=11)
+    axes.set(xlabel=f"truth ({unit})", ylabel=f"answer ({unit})")
+    axes.set_title(f"{len(truth)} points: δ1 = {np.mean(ratio < DELTA):.3f}, {unread} without an answer", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", fontsize=9)
     _write(file, lambda: figure.savefig(file, dpi=120))
@@ -127,66 +127,26 @@ def answer_sheet(
     """Draws questions as the model saw them and what it answered, green where δ1 counts it as right, else red.
 
     Args:
-      examples: held-out questions.
-      answers: in m, None where none could be read.
+      examples: held-out, of one question each.
+      answers: in the unit of the question's task, None where none could be read.
       texts: what the model wrote; shown where it could not be read.
       file: picture to write.
       columns: pictures in a line.
     """
-    cells, right = [], 0
-    for example, answer_m, text in zip(examples, answers, texts, strict=True):
-        ratio = math.inf if answer_m is None else max(answer_m / example.truth_m, example.truth_m / answer_m)
+    drawn, right = [], 0
+    for example, answer, text in zip(examples, answers, texts, strict=True):
+        (question,) = example.questions
+        unit = UNITS[question.task]
+        ratio = math.inf if answer is None else _ratio(answer, question.truth)
         color = RIGHT if ratio < DELTA else WRONG
         right += ratio < DELTA
-        said = "no answer" if answer_m is None else f"answer {_brief(answer_m)} m   ratio {_brief(ratio)}"
-        lines = [[Piece(f"truth {_brief(example.truth_m)} m   {said}", color)]]
-        if answer_m is None:
+        said = "no answer" if answer is None else f"answer {_brief(answer)} {unit}   ratio {_brief(ratio)}"
+        lines = [[Piece(f"truth {_brief(question.truth)} {unit}   {said}", color)]]
+        if answer is None:
             lines.append(_words("wrote " + repr(_shorten(text, RAW_CHARACTERS)), GREY))
-        cells.append(_cell(_framed(_shown(example.image, example.pixel), color), lines))
-    heading = _words(f"{right} of {len(cells)} answers within a factor of {DELTA} (δ1); {POINT_KEY}", INK)
-    _save_sheet(cells, heading, columns, file)
-
-
-def contact_sheet(
-    examples: list[Example], samples: list[Sample], decode: Callable[[list[int]], str], file: Path, columns: int = 4
-) -> None:
-    """Draws training samples from their own arrays: image from patches, text from tokens, weights behind the tokens.
-
-    Args:
-      examples: what the samples were made of.
-      samples: as encoded, not packed.
-      decode: tokens → text, special tokens included.
-      file: picture to write.
-      columns: pictures in a line.
-    """
-    weights = sorted({float(weight) for sample in samples for weight in sample.weights_A})
-    paper = {weight: SUPERVISED[min(place, len(SUPERVISED) - 1)] for place, weight in enumerate(weights)}
-    cells = []
-    for example, sample in zip(examples, samples, strict=True):
-        image = image_of(sample, 1)
-        size = f"{image.shape[1]}×{image.shape[0]} px"
-        seen, read = int(np.sum(sample.vision_index_T >= 0)), int(np.sum(sample.vision_index_T < 0))
-        lines = [
-            [Piece(example.record_id)],
-            _words(f"{size}, {seen} image + {read} text tokens", INK),
-            _words(f"truth {example.truth_m:.4f} m, {len(sample.targets_A)} tokens supervised", INK),
-            _tokens(sample, decode, paper),
-        ]
-        cells.append(_cell(_shown(image, example.pixel), lines))
-    legend = [*_words(f"{POINT_KEY}; tokens:", INK), Piece("grey: only read", GREY)]
-    for weight in weights:
-        legend += [Piece("  "), Piece(f" supervised, weight {weight:g} ", INK, paper[weight])]
-    _save_sheet(cells, legend, columns, file)
-
-
-def image_of(sample: Sample, number: int, channels: int = 3) -> np.ndarray:
-    """Returns image `number` (from 1) of a sample, (H, W, channels) uint8, put together from its square patches."""
-    mine = sample.image_id_P == number
-    rows, columns = sample.patch_rc_P2[mine].max(axis=0) + 1
-    side = math.isqrt(sample.patches_PC.shape[1] // channels)
-    placed = np.zeros((rows, columns, channels, side, side), np.uint8)
-    placed[tuple(sample.patch_rc_P2[mine].T)] = sample.patches_PC[mine].reshape(-1, channels, side, side)
-    return placed.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, channels)
+        drawn.append(_cell(_framed(_tile(example, question.pixels), color), lines))
+    heading = _words(f"{right} of {len(drawn)} answers within a factor of {DELTA} (δ1); {POINT_KEY}", INK)
+    _save_sheet(drawn, heading, columns, file)
 
 
 def table(rows: list[tuple[str, dict[str, float]]], columns: list[str]) -> str:
@@ -196,7 +156,7 @@ def table(rows: list[tuple[str, dict[str, float]]], columns: list[str]) -> str:
       rows: (name, values by column); floats are shown with three decimals.
       columns: which values, in this order.
     """
-    lines = [["", *columns], *([name, *(_number(values.get(column)) for column in columns)] for name, values in rows)]
+    lines = cells(rows, columns)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
@@ -205,10 +165,19 @@ def table(rows: list[tuple[str, dict[str, float]]], columns: list[str]) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
+def cells(rows: list[tuple[str, dict[str, float]]], columns: list[str]) -> list[list[str]]:
+    """Returns the texts of a `table`, line by line, the header first."""
+    return [["", *columns], *([name, *(_number(values.get(column)) for column in columns)] for name, values in rows)]
+
+
 def _number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _ratio(answer: float, truth: float) -> float:
+    return max(answer / truth, truth / answer) if min(answer, truth) > 0 else math.inf
 
 
 def _brief(value: float) -> str:
@@ -224,52 +193,47 @@ def _words(text: str, ink: str) -> list[Piece]:
     return [Piece(f"{word} ", ink) for word in text.split()]
 
 
-def _tokens(sample: Sample, decode: Callable[[list[int]], str], paper: dict[float, str]) -> list[Piece]:
-    """Returns a piece a token: what is to be said next where that is supervised, else what is read."""
-    tokens, weights = sample.tokens_T.copy(), np.zeros(len(sample.tokens_T))
-    said = sample.answer_index_A + 1
-    tokens[said], weights[said] = sample.targets_A, sample.weights_A
-    supervised = set(said.tolist())
-    pieces, in_image = [], 0
-    for place, token in enumerate(tokens):
-        if sample.vision_index_T[place] >= 0:
-            in_image += 1
-            continue
-        if in_image:
-            pieces.append(Piece(f"[{in_image} image tokens]", GREY))
-            in_image = 0
-        text = decode([int(token)]).replace("\n", "↵")
-        colors = (INK, paper[float(weights[place])]) if place in supervised else (GREY, PAPER)
-        pieces.append(Piece(text, *colors))
-    hidden = len(pieces) - HEAD_TOKENS - TAIL_TOKENS
-    gap = [Piece(f" … {hidden} tokens … ")]
-    return pieces if hidden <= 0 else pieces[:HEAD_TOKENS] + gap + pieces[-TAIL_TOKENS:]
-
-
-def _shown(image: np.ndarray, pixel: tuple[int, int]) -> Image.Image:
-    """Returns the image at the size of a tile, its pixel circled; a close-up beside it if it had to be shrunk."""
-    height, width = image.shape[:2]
-    side = max(width, height)
-    zoom = TILE_PX // side or TILE_PX / side
-    method = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.BOX
-    tile = Image.fromarray(image).resize((round(width * zoom), round(height * zoom)), method)
-    draw = ImageDraw.Draw(tile)
-    x, y = ((at + 0.5) * zoom for at in pixel)
-    if zoom < 1:
-        _paste_close_up(tile, image, pixel, right=x < tile.width / 2)
-    radius = max(14, 12 * zoom)
-    draw.circle((x, y), radius + 1, outline="black")
-    draw.circle((x, y), radius, outline="white", width=2)
+def _tile(example: Example, pixels: Sequence[tuple[int, int]]) -> Image.Image:
+    """Returns the question's images beside each other, as wide as a tile; the points are in the first."""
+    width = TILE_PX // len(example.images)
+    shown = [_shown(image, pixels if place == 0 else (), width) for place, image in enumerate(example.images)]
+    tile = Image.new("RGB", (sum(one.width for one in shown), max(one.height for one in shown)), PAPER)
+    x = 0
+    for one in shown:
+        tile.paste(one, (x, 0))
+        x += one.width
     return tile
 
 
-def _paste_close_up(tile: Image.Image, image: np.ndarray, pixel: tuple[int, int], right: bool) -> None:
-    left, top = (at - CLOSE_UP_PX // 2 for at in pixel)
-    side = CLOSE_UP_PX * CLOSE_UP_ZOOM
-    part = Image.fromarray(image).crop((left, top, left + CLOSE_UP_PX, top + CLOSE_UP_PX)).resize((side, side), 0)
-    corner = (tile.width - side if right else 0, 0 if pixel[1] > image.shape[0] / 2 else tile.height - side)
-    tile.paste(part, corner)
-    ImageDraw.Draw(tile).rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), outline="white")
+def _shown(image: np.ndarray, pixels: Sequence[tuple[int, int]], side_px: int) -> Image.Image:
+    """Returns the image with this longest side, its pixels circled; close-ups in its corners if it had to be shrunk."""
+    height, width = image.shape[:2]
+    side = max(width, height)
+    zoom = side_px // side or side_px / side
+    method = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.BOX
+    tile = Image.fromarray(image).resize((round(width * zoom), round(height * zoom)), method)
+    draw = ImageDraw.Draw(tile)
+    if zoom < 1:
+        _paste_close_ups(tile, image, pixels)
+    radius = max(14, 12 * zoom)
+    for x, y in (((left + 0.5) * zoom, (top + 0.5) * zoom) for left, top in pixels):
+        draw.circle((x, y), radius + 1, outline="black")
+        draw.circle((x, y), radius, outline="white", width=2)
+    return tile
+
+
+def _paste_close_ups(tile: Image.Image, image: np.ndarray, pixels: Sequence[tuple[int, int]]) -> None:
+    """Pastes each into a corner of its own, beginning with the one that is farthest from the first pixel."""
+    height, width = image.shape[:2]
+    side, half = CLOSE_UP_PX * CLOSE_UP_ZOOM, CLOSE_UP_PX // 2
+    corners = [(x, y) for x in (0, tile.width - side) for y in (0, tile.height - side)]
+    if pixels:
+        x, y = pixels[0][0] * tile.width / width, pixels[0][1] * tile.height / height
+        corners.sort(key=lambda corner: -math.dist(corner, (x - side / 2, y - side / 2)))
+    for (x, y), corner in zip(pixels, corners, strict=False):
+        part = Image.fromarray(image).crop((x - half, y - half, x + half, y + half)).resize((side, side), 0)
+        tile.paste(part, corner)
+        ImageDraw.Draw(tile).rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), outline="white")
 
 
 def _framed(tile: Image.Image, color: str) -> Image.Image:
@@ -297,14 +261,13 @@ def _text(lines: list[list[Piece]], width: int) -> Image.Image:
                 length = font.getlength(part)
                 if x and x + length > width:
                     x, y = 0, y + LINE_PX
-                placed.append((x, y, length, part, piece))
+                placed.append((x, y, part, piece.ink))
                 x += length
         y += LINE_PX
     picture = Image.new("RGB", (width, y), PAPER)
     draw = ImageDraw.Draw(picture)
-    for x, y, length, part, piece in placed:
-        draw.rectangle((x, y + 1, x + length - 2, y + LINE_PX - 2), fill=piece.paper)
-        draw.text((x, y + 1), part, font=font, fill=piece.ink)
+    for x, y, part, ink in placed:
+        draw.text((x, y + 1), part, font=font, fill=ink)
     return picture
 
 
@@ -337,9 +300,10 @@ def _save_sheet(cells: list[Image.Image], heading: list[Piece], columns: int, fi
 
 
 def _few_colours(sheet: Image.Image) -> Image.Image:
-    """Returns the sheet in 256 colours: white, the marker's (too small to get one by its area) and the most used."""
+    """Returns the sheet in 256 colours: those of markers (too small to get one by their area) and the most used."""
     palette = Image.new("P", (1, 1))
-    palette.putpalette([*sheet.quantize(254).getpalette()[: 3 * 254], *RED, 255, 255, 255])
+    fixed = [level for color in COLORS.values() for level in color]
+    palette.putpalette([*sheet.quantize(256 - len(COLORS)).getpalette()[: 3 * (256 - len(COLORS))], *fixed])
     return sheet.quantize(palette=palette, dither=Image.Dither.NONE)
 
 

@@ -75,22 +75,33 @@ def run(
     """
     checkpoints = checkpoint.Checkpoints(workdir)
     state = _resume(trainer, config, checkpoints, batches, first_parameters)
-    meter = Meter(config, log.Journal(workdir), int(state.step))
+    meter = Meter(config, log.Journal(workdir), int(state.step), batches.get_state()["draws"])
     try:
-        for number in range(int(state.step) + 1, config.train.max_steps + 1):
-            rows = next(batches)
-            meter.count_dropped(rows.dropped)
-            state, metrics = trainer.run_step(state, sharding.put_batch(trainer.mesh, rows.arrays))
-            meter.add(number, metrics, len(rows.record_ids))
-            if number % config.train.save_steps == 0 or number == config.train.max_steps:
+        first, last = int(state.step) + 1, config.train.max_steps
+        upcoming = _load(batches, trainer.mesh) if first <= last else None
+        for number in range(first, last + 1):
+            about, batch = upcoming
+            meter.count_dropped(about.dropped)
+            state, metrics = trainer.run_step(state, batch)
+            meter.add(number, metrics, about)
+            upcoming = _load(batches, trainer.mesh) if number < last else None  # while the device computes
+            if number % config.train.save_steps == 0 or number == last:
                 meter.flush()  # a step that went wrong is not saved
-                checkpoints.save(number, state.parameters, state.optimizer, batches.get_state(), config)
+                position = dataclasses.asdict(about.position)
+                checkpoints.save(number, state.parameters, state.optimizer, position, config)
     finally:
         try:
             meter.flush()
         finally:
+            batches.close()
             checkpoints.close()
     return state
+
+
+def _load(batches: Iterator, mesh: jax.sharding.Mesh) -> tuple:
+    """Returns what the next rows were made of, and the rows on their way to the mesh."""
+    rows = next(batches)
+    return rows.about, sharding.put_batch(mesh, rows.arrays)
 
 
 def _resume(
@@ -110,24 +121,30 @@ def _resume(
 class Meter:
     """Metrics of a step are fetched after the next step was dispatched, so that the device never waits."""
 
-    def __init__(self, config: config_module.Config, journal: log.Journal, first_step: int):
+    def __init__(
+        self, config: config_module.Config, journal: log.Journal, first_step: int, draws: dict[str, int]
+    ):  # fmt: skip
         self.config, self.journal, self.first_step = config, journal, first_step
         self.schedule = optim.make_schedule(config.optim, config.train.max_steps)
-        self.pending: tuple[int, dict, int] | None = None
-        self.samples, self.empty = 0, 0
+        self.pending: tuple[int, dict, object] | None = None
+        self.samples, self.empty, self.steps, self.used = 0, 0, 0, (0, 0)
+        self.draws, self.draws_told = draws, draws  # samples that each source has given; when the last line was written
         self.bad: set[str] = set()  # the same record is met again in the next epoch
         self.start = self.since = time.monotonic()
 
-    def add(self, number: int, metrics: dict, samples: int) -> None:
+    def add(self, number: int, metrics: dict, about) -> None:
+        """Takes the metrics of a step, still on the device, and what this host's rows of it were made of."""
         self.flush()
-        self.pending = number, metrics, samples * jax.process_count()
+        self.pending = number, metrics, about
 
     def flush(self) -> None:
         """Waits for the pending step and writes its line if it is due."""
         if self.pending is None:
             return
-        (number, metrics, samples), self.pending = self.pending, None
-        self.samples += samples
+        (number, metrics, about), self.pending = self.pending, None
+        self.samples += len(about.record_ids) * jax.process_count()
+        self.steps, self.draws = self.steps + 1, about.position.draws
+        self.used = tuple(sum(pair) for pair in zip(self.used, about.used, strict=False))
         if not math.isfinite(metrics["loss"]):
             raise InputError(
                 f"step {number}: the loss is not a number", found=f"loss {metrics['loss']}, gradient norm "
@@ -144,6 +161,7 @@ class Meter:
         values["learning_rate"] = float(self.schedule(number - 1))
         values["samples_per_second"] = self.samples / (now - self.since)
         values["samples_without_point"] = self.empty
+        values |= self._data_values()
         self.samples, self.since = 0, now
         if jax.process_index() == 0:
             self.journal.write(number, values)
@@ -153,6 +171,18 @@ class Meter:
                 f"{values['mean_token_accuracy']:.3f} · {values['samples_per_second']:.1f} samples/s · "
                 f"{log.clock(left)} left"
             )
+
+    def _data_values(self) -> dict[str, float]:
+        """Returns how full the rows were, and each source's share of the samples, since the last line."""
+        data = self.config.data
+        slots = self.steps * data.global_batch_rows / jax.process_count()
+        limits = data.max_tokens, data.max_patches
+        filled = (used / slots / limit for used, limit in zip(self.used, limits, strict=True))
+        values = dict(zip(("filled_tokens", "filled_patches"), filled, strict=True))
+        drawn = {name: count - self.draws_told.get(name, 0) for name, count in self.draws.items()}
+        total = max(1, sum(drawn.values()))
+        self.steps, self.used, self.draws_told = 0, (0, 0), self.draws
+        return values | {f"share/{name}": count / total for name, count in drawn.items()}
 
     def count_dropped(self, dropped) -> None:
         """Logs the records that gave no sample; raises InputError beyond data.max_bad_records unreadable ones."""

@@ -21,6 +21,7 @@ def sample(seed: int, tokens: int, patches: int, answers: int, images: int) -> c
     return contract.Sample(
         tokens_T=rng.integers(1, 1000, tokens),
         positions_TZ=rng.integers(1, 1000, (tokens, 3)),
+        branch_T=rng.integers(0, 4, tokens),
         vision_index_T=vision_index_T,
         answer_index_A=rng.integers(0, tokens, answers),
         targets_A=rng.integers(1, 1000, answers),
@@ -46,6 +47,7 @@ def unpack(row: dict[str, np.ndarray], samples: list[contract.Sample]) -> list[c
             contract.Sample(
                 tokens_T=row["tokens_BT"][t],
                 positions_TZ=row["positions_BTZ"][t],
+                branch_T=row["branch_BT"][t],
                 vision_index_T=np.where(index_T < 0, -1, index_T - patch // MERGED),
                 answer_index_A=row["answer_index_BA"][a] - token,
                 targets_A=row["targets_BA"][a],
@@ -114,3 +116,35 @@ def test_overflow_names_sizes_records_and_the_field_to_raise(extra, found, expec
     text = str(error.value)
     assert "do not fit into a row: a.jsonl:1, a.jsonl:7, a.jsonl:9" in text
     assert found in text and expected in text and field in text
+
+
+CAPACITY = np.array([100, 1000, 100])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "free", "oldest", "picked"),
+    [
+        ([60, 90, 30], 100, True, [0]),  # an empty row: the oldest
+        ([60, 90, 30, 10, 20, 25], 100, False, [0]),  # three may fit still: the oldest that fits
+        ([50, 30, 41, 35], 75, False, [2, 1]),  # the fullest pair, as they stand: 41 + 30 is 71
+        ([50, 30, 41, 35], 45, False, [2]),  # no pair fits: the largest
+        ([50, 30, 10, 12], 51, False, [0]),  # one alone fills more than any pair
+        ([50, 60], 49, False, []),
+        ([], 49, False, []),
+    ],
+)
+def test_what_enters_a_row_next(tokens, free, oldest, picked):
+    size_N3 = np.array([(size, 10 * size, 1) for size in tokens]).reshape(-1, 3)
+    found = packing.pick(size_N3, np.array([free, 10 * free, 50]), CAPACITY, oldest=oldest)
+    assert sorted(found) == sorted(picked)
+
+
+@pytest.mark.parametrize("budget", range(3))
+def test_no_budget_is_exceeded(budget):
+    rng = np.random.default_rng(budget)
+    for _ in range(200):
+        size_N3, free_3 = rng.integers(1, 60, (12, 3)), rng.integers(60, 100, 3)
+        free_3[budget] = 45
+        chosen = packing.pick(size_N3, free_3, CAPACITY, oldest=False)
+        assert len(set(chosen)) == len(chosen)
+        assert (size_N3[chosen].sum(axis=0) <= free_3).all()

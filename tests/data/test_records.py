@@ -5,12 +5,14 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from depthlm_jax.config import Source
-from depthlm_jax.data import records, synthetic
+from depthlm_jax.data import images, records, synthetic
 from depthlm_jax.errors import InputError
 
 IBIMS = Path(__file__).parents[2].parent / "shared" / "data" / "ibims1" / "ibims1_subset.jsonl"
@@ -65,7 +67,7 @@ def test_a_jsonl_record_keeps_every_value(folder):
     assert record.pixel_coords.tolist() == GOOD["pixel_coords"]
     assert record.depth_m.tolist() == GOOD["depth"]
     assert {array.dtype for array in (record.intrinsics, record.pixel_coords, record.depth_m)} == {np.dtype(np.float64)}
-    np.testing.assert_array_equal(records.decode_image(record), np.asarray(noise()))
+    np.testing.assert_array_equal(images.decode_image(record), np.asarray(noise()))
 
 
 def test_what_a_record_says_wins_over_the_source(folder):
@@ -89,7 +91,7 @@ def test_each_line_is_found_across_blank_and_multibyte_ones(folder):
     opened = records.open_source(write(folder, *lines))
     assert [record.dataset for record in opened] == names
     assert opened[7].record_id == "train.jsonl:15"
-    assert opened._offsets.dtype == np.int64
+    assert opened.index["line"].tolist() == list(range(1, 16, 2))
     with pytest.raises(IndexError, match="record 8 of 8"):
         opened[8]
 
@@ -129,7 +131,7 @@ BAD_RECORDS = {
     "ragged_points": ({"pixel_coords": [[1, 2], [3], [4, 5]]}, "expected: numbers of shape N × 2"),
     "text_depth": ({"depth": ["1", "2", "3"]}, "depth is not an array of numbers"),
     "huge_depth": ({"depth": [10**400, 1, 1]}, "depth is not an array of numbers"),
-    "null_intrinsics": ({"intrinsics": None}, "intrinsics is not an array of numbers"),
+    "null_intrinsics": ({"intrinsics": None}, "unknown intrinsics\n  found:    no focal length"),
     "depth_kind": ({"depth_kind": "disparity"}, "unknown depth_kind\n  found:    'disparity'\n  expected: z or ray"),
     "missing_image": ({"image": "rgb/b.png"}, "cannot read image 'rgb/b.png'"),
     "image_is_folder": ({"image": "rgb"}, "cannot read image 'rgb'"),
@@ -167,7 +169,7 @@ def test_a_path_with_dots_in_a_name_is_no_escape(folder):
 
 def bad_image(folder: Path, content: bytes, **changes) -> str:
     (folder / "rgb" / "a.png").write_bytes(content)
-    text = message(records.decode_image, record_of(folder, **changes))
+    text = message(images.decode_image, record_of(folder, **changes))
     assert text.startswith("train.jsonl:1: ")
     return text
 
@@ -216,7 +218,7 @@ def test_orientation_is_applied_and_grey_becomes_rgb(folder):
     (folder / "rgb" / "a.png").write_bytes(encode(Image.fromarray(grey_HW), exif=exif))
     record = record_of(folder, intrinsics=[30, 30, 14.5, 19.5, 30, 40], pixel_coords=[[29, 39]], depth=[1])
     expected_HW = np.rot90(grey_HW, k=-1)
-    np.testing.assert_array_equal(records.decode_image(record), np.repeat(expected_HW[..., None], 3, axis=2))
+    np.testing.assert_array_equal(images.decode_image(record), np.repeat(expected_HW[..., None], 3, axis=2))
 
 
 def test_missing_and_empty_sources_are_named(folder):
@@ -287,7 +289,130 @@ def test_ibims_reads_whole():
     opened = records.open_source(Source(path=str(IBIMS)))
     assert len(opened) == 20
     for record in opened:
-        assert records.decode_image(record).shape == (480, 640, 3)
+        assert images.decode_image(record).shape == (480, 640, 3)
         assert (len(record.depth_m), record.size, record.dataset) == (100, (640, 480), "ibims1_subset")
     depth_m = np.concatenate([record.depth_m for record in opened])
     assert 0.63 <= depth_m.min() < depth_m.max() <= 22.35
+
+
+TURN = [[0.0, -1.0, 0.0, 2.0], [1.0, 0.0, 0.0, -3.0], [0.0, 0.0, 1.0, 0.5]]
+
+
+@pytest.mark.parametrize("pose", [TURN, [*TURN, [0, 0, 0, 1]]], ids=["3x4", "4x4"])
+def test_pose_and_scene_are_read(folder, pose):
+    record = record_of(folder, pose=pose, scene="log 7")
+    assert record.pose.tolist() == [*TURN, [0, 0, 0, 1]] and record.pose.dtype == np.float64
+    assert record.scene == "log 7"
+
+
+def test_pose_and_scene_may_be_left_out_or_null(folder):
+    for record in (record_of(folder), record_of(folder, pose=None, scene=None)):
+        assert record.pose is None and record.scene == ""
+
+
+BAD_POSES = {
+    "flat": ([1.0] * 16, "pose is not an array of numbers"),
+    "two_rows": (TURN[:2], "pose is not a matrix of 3 or 4 rows"),
+    "nan": ([[float("nan"), -1, 0, 2], *TURN[1:]], "pose is not a rotation and a shift"),
+    "infinite_shift": ([[0, -1, 0, float("inf")], *TURN[1:]], "pose is not a rotation and a shift"),
+    "scaled": ([[0, -1.01, 0, 2], *TURN[1:]], "pose is not a rotation and a shift"),
+    "mirrored": ([[0, 1, 0, 2], *TURN[1:]], "pose is not a rotation and a shift"),
+    "last_row": ([*TURN, [0, 0, 1, 1]], "pose is not a rotation and a shift"),
+}
+
+
+@pytest.mark.parametrize("pose, expected", BAD_POSES.values(), ids=BAD_POSES.keys())
+def test_a_bad_pose_is_named(folder, pose, expected):
+    text = message(lambda: record_of(folder, pose=pose))
+    assert text.startswith(f"train.jsonl:1: {expected}")
+
+
+def test_a_rotation_rounded_in_a_file_is_accepted(folder):
+    assert record_of(folder, pose=[[0.0004, -1, 0, 2], *TURN[1:]]).pose is not None
+
+
+def test_a_scene_that_is_no_text_is_named(folder):
+    assert "scene is not a text" in message(lambda: record_of(folder, scene=[7]))
+
+
+UNKNOWN = {"missing": ..., "null": None, "zeros": [0, 0, 0, 0], "zeros_with_size": [0, 0, 0, 0, 40, 30]}
+
+
+@pytest.mark.parametrize("intrinsics", UNKNOWN.values(), ids=UNKNOWN.keys())
+def test_unknown_intrinsics_need_a_field_of_view(folder, intrinsics):
+    fields = {name: value for name, value in (GOOD | {"intrinsics": intrinsics}).items() if value is not ...}
+    source = write(folder, fields)
+    text = message(records.open_source(source).__getitem__, 0)
+    assert text.startswith("train.jsonl:1: unknown intrinsics") and "set fov_degrees of the source" in text
+    opened = records.open_source(Source(path=source.path, fov_degrees=90))
+    np.testing.assert_allclose(opened[0].intrinsics, [20, 20, 19.5, 14.5])  # tan 45° = 1
+    assert opened.index["fx"][0] == pytest.approx(20) and opened.index["width"][0] == 40
+
+
+def test_a_field_of_view_repairs_no_wrong_intrinsics(folder):
+    for bad in ([-30, 31, 19.5, 14.5], [float("nan"), 31, 19.5, 14.5], [0, 31, 19.5, 14.5]):
+        source = write(folder, GOOD | {"intrinsics": bad})
+        opened = records.open_source(Source(path=source.path, fov_degrees=60))
+        assert "bad intrinsics" in message(opened.__getitem__, 0)
+        assert np.isnan(opened.index["fx"][0])
+
+
+def test_known_intrinsics_win_over_the_field_of_view(folder):
+    source = write(folder, GOOD)
+    assert records.open_source(Source(path=source.path, fov_degrees=60))[0].intrinsics.tolist() == [30, 31, 19.5, 14.5]
+
+
+class Bucket(MemoryFileSystem):
+    """A store behind gs:// in memory."""
+
+    protocol = ("gcs", "gs")
+    store = {}
+    pseudo_dirs = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("gs://", "memory://"))
+
+
+@pytest.fixture
+def bucket(folder):
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    Bucket.store.clear()
+    store = Bucket()
+    store.pipe("gs://b/data/rgb/a.png", (folder / "rgb" / "a.png").read_bytes())
+    return store
+
+
+def test_a_bucket_reads_as_a_folder_does(folder, bucket):
+    local = write(folder, GOOD, GOOD | {"dataset": "second"})
+    bucket.pipe("gs://b/data/train.jsonl", Path(local.path).read_bytes())
+    opened = records.open_source(Source(path="gs://b/data/train.jsonl"))
+    for near, far in zip(records.open_source(local), opened, strict=True):
+        assert (near.record_id, near.image, near.dataset) == (far.record_id, far.image, far.dataset)
+    assert bucket.exists("gs://b/data/train.jsonl.index")
+    again = records.open_source(Source(path="gs://b/data/train.jsonl"))
+    np.testing.assert_array_equal(again.index, opened.index)
+
+
+def test_what_a_bucket_lacks_is_named(folder, bucket):
+    assert "no data at source.path 'gs://b/none.jsonl'" in message(
+        records.open_source, Source(path="gs://b/none.jsonl")
+    )
+    bucket.pipe("gs://b/data/train.jsonl", json.dumps(GOOD | {"image": "rgb/b.png"}).encode())
+    opened = records.open_source(Source(path="gs://b/data/train.jsonl"))
+    assert message(opened.__getitem__, 0).startswith("train.jsonl:1: cannot read image 'rgb/b.png'")
+    bucket.rm("gs://b/data/train.jsonl")
+    assert message(opened.__getitem__, 0).startswith("train.jsonl:1: cannot read line")
+
+
+def test_tfds_index_tells_each_camera_and_is_cached(tmp_path):
+    folder = synthetic.build(tmp_path, train_scenes=5, val_scenes=1)
+    opened = records.open_source(Source(path=str(folder), split="train[1:4]"))
+    assert isinstance(opened.index, np.memmap) and (folder / "index-train_1_4_.index").is_file()
+    again = pickle.loads(pickle.dumps(opened))
+    for row, row_again, record in zip(opened.index, again.index, opened, strict=True):
+        assert [row["fx"], row["fy"]] == record.intrinsics[:2].tolist()
+        assert (row["width"], row["height"]) == record.size
+        assert row == row_again
+    whole = records.open_source(Source(path=str(folder), split="train"))
+    assert len(whole.index) == 5 and (whole.index["fx"][1:4] == opened.index["fx"]).all()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from depthlm_jax.config import Source
-from depthlm_jax.data import records, synthetic
+from depthlm_jax.data import images, records, synthetic
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,9 @@ def test_what_is_read_back_is_what_was_rendered(tmp_path):
         opened = records.open_source(Source(path=str(folder), split=split))
         rendered = [synthetic.render(synthetic.scene_seed(split_number, number)) for number in range(count)]
         by_image = {scene.image_HW3.tobytes(): scene for scene in rendered}
-        assert {records.decode_image(record).tobytes() for record in opened} == by_image.keys()
+        assert {images.decode_image(record).tobytes() for record in opened} == by_image.keys()
         for record in opened:
-            scene = by_image[records.decode_image(record).tobytes()]
+            scene = by_image[images.decode_image(record).tobytes()]
             np.testing.assert_array_equal(record.intrinsics, scene.intrinsics)
             np.testing.assert_array_equal(record.pixel_coords, scene.pixel_coords)
             np.testing.assert_array_equal(record.depth_m, scene.depth_m.astype(np.float32))
@@ -162,7 +162,7 @@ def test_a_copy_that_another_process_finished_first_is_taken(tmp_path):
 
 def test_neither_tensorflow_nor_jax_is_imported(tmp_path):
     code = (
-        "import sys; from depthlm_jax.data import records, synthetic; from depthlm_jax.config import Source;"
+        "import sys; from depthlm_jax.data import images, records, synthetic; from depthlm_jax.config import Source;"
         f"records.open_source(Source(path=str(synthetic.build({str(tmp_path)!r}, 1, 1))))[0];"
         "sys.exit(' '.join({'tensorflow', 'jax', 'flax', 'torch'} & sys.modules.keys()) or 0)"
     )

@@ -30,8 +30,8 @@ def test_every_question_is_answered_in_its_order(run, result):
     records = open_source(run.config.eval.source)
     asked = list(pipeline.evaluation_questions(records, run.processor, run.config))
     examples = [example for questions in asked for example in questions.examples]
-    assert [(a.record_id, a.pixel, a.truth_m) for a in result.answers] == [
-        (e.record_id, e.pixel, e.truth_m) for e in examples
+    assert [(a.record_id, a.pixels, a.truth) for a in result.answers] == [
+        (e.record_id, e.questions[0].pixels, e.questions[0].truth) for e in examples
     ]
     assert len(examples) + result.questions_not_asked == 19
     assert result.excluded_points == sum(questions.excluded for questions in asked)
@@ -76,8 +76,8 @@ def test_files_hold_all_answers(result, tmp_path):
 
     assert json.loads((tmp_path / "metrics.json").read_text(), parse_constant=refuse) == report
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert [line["truth_m"] for line in lines] == result.truth_m.tolist()
-    assert {"record_id", "pixel", "question", "text", "answer_m"} <= lines[0].keys()
+    assert [line["truth"] for line in lines] == result.truth.tolist()
+    assert {"record_id", "pixels", "question", "text", "answer"} <= lines[0].keys()
 
 
 def test_a_mesh_that_does_not_divide_the_rows_is_named(run, scenes):

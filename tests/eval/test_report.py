@@ -4,41 +4,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from depthlm_jax.data import synthetic, tasks
-from depthlm_jax.data.reference import RED, draw_arrow
-from depthlm_jax.data.transforms import Example
+from depthlm_jax.config import COLORS
+from depthlm_jax.data import reference, synthetic, tasks
+from depthlm_jax.data.transforms import Example, Question
 from depthlm_jax.errors import InputError
 from depthlm_jax.eval import report
-from depthlm_jax.models.qwen2_5_vl.folder import write_scratch
-from depthlm_jax.models.qwen2_5_vl.processor import Processor
 
-PATCH = 8
-HF_CONFIG = dict(
-    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-    hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
-    tie_word_embeddings=True,
-    vision_config=dict(
-        depth=1, hidden_size=16, intermediate_size=16, num_heads=1, out_hidden_size=16, patch_size=PATCH,
-        spatial_merge_size=2, temporal_patch_size=2, window_size=32, fullatt_block_indexes=[], in_chans=3,
-    ),
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory) -> Processor:
-    folder = tmp_path_factory.mktemp("base")
-    texts = [tasks.SYSTEM, tasks.QUESTION, *(tasks.answer_text(number / 10) for number in range(100))]
-    write_scratch(HF_CONFIG, texts, folder)
-    return Processor(folder)
+RED = COLORS["red"]
 
 
 def scene_example(number: int, width: int = 96, height: int = 96) -> Example:
     """Returns a question about the middle of a rendered scene, cut to a size."""
     image = np.resize(synthetic.render((1, number)).image_HW3, (height, width, 3))
-    x, y = width // 2, height // 2
-    truth_m = 1.5 + number
-    marked = draw_arrow(image, x, y, 2)
-    return Example(f"scene:{number}", marked, (x, y), tasks.QUESTION, tasks.answer_text(truth_m), truth_m)
+    return marked_example(f"scene:{number}", image, (width // 2, height // 2), 1.5 + number, scale=2)
+
+
+def marked_example(name: str, image: np.ndarray, pixel: tuple[int, int], truth_m: float, scale: int = 1) -> Example:
+    marked = reference.draw(image, [pixel], "arrow", scale)
+    question = Question("distance", (pixel,), tasks.QUESTION, tasks.answer_text(truth_m), truth_m)
+    return Example(name, (marked,), (question,))
 
 
 def opened(file) -> np.ndarray:
@@ -50,7 +34,7 @@ def opened(file) -> np.ndarray:
 def first_tile(sheet: np.ndarray, example: Example) -> tuple[np.ndarray, int]:
     """Returns the first picture of a sheet and its zoom; three columns are wide enough for a heading of one line."""
     top = 2 * report.GAP_PX + report.LINE_PX
-    height, width = example.image.shape[:2]
+    height, width = example.images[0].shape[:2]
     zoom = report.TILE_PX // max(height, width)
     return sheet[top : top + height * zoom, report.GAP_PX : report.GAP_PX + width * zoom], zoom
 
@@ -61,37 +45,14 @@ def has(picture: np.ndarray, color: tuple[int, int, int] | str) -> bool:
     return bool((picture == np.array(color)).all(axis=-1).any())
 
 
-@pytest.mark.parametrize("size", [(96, 96), (112, 80), (16, 48), (160, 16)])
-def test_image_of_undoes_the_patches(processor, size):
-    rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in (size, (48, 32))]
-    sample = processor.encode(images, "Where?", "There.")
-    for number, image in enumerate(images, start=1):
-        assert np.array_equal(report.image_of(sample, number), image)
-
-
-def test_contact_sheet_shows_the_patches_not_the_example(processor, tmp_path):
-    example = scene_example(0)
-    sample = processor.encode([example.image], example.question, example.answer)
-    wrong_order = np.concatenate([sample.patches_PC[1:], sample.patches_PC[:1]])
-    tiles = []
-    for name, patches_PC in (("right", sample.patches_PC), ("wrong", wrong_order)):
-        shown = type(sample)(**{**vars(sample), "patches_PC": patches_PC})
-        report.contact_sheet([example] * 3, [shown] * 3, processor.tokenizer.decode, tmp_path / f"{name}.png")
-        tile, zoom = first_tile(opened(tmp_path / f"{name}.png"), example)
-        tiles.append(tile[zoom // 2 :: zoom, zoom // 2 :: zoom])
-    same = (tiles[0] == example.image).all(axis=-1)
-    assert same.mean() > 0.95  # all but the circle
-    assert (tiles[1] == example.image).all(axis=-1).mean() < 0.5
-
-
-def test_marker_and_query_pixel_stay_visible_inside_the_circle(processor, tmp_path):
+def test_marker_and_query_pixel_stay_visible_inside_the_circle(tmp_path):
     example = scene_example(1)
+    pixel = example.questions[0].pixels[0]
     report.answer_sheet([example] * 3, [2.5] * 3, [""] * 3, tmp_path / "a.png")
     tile, zoom = first_tile(opened(tmp_path / "a.png"), example)
-    x, y = ((at * 2 + 1) * zoom // 2 for at in example.pixel)
+    x, y = ((at * 2 + 1) * zoom // 2 for at in pixel)
     assert tuple(tile[y, x - 4 * zoom]) == RED
-    assert tuple(tile[y, x]) == tuple(example.image[example.pixel[1], example.pixel[0]])
+    assert tuple(tile[y, x]) == tuple(example.images[0][pixel[1], pixel[0]])
     ring = [tuple(tile[y + dy * 12 * zoom, x + dx * 12 * zoom]) for dx, dy in ((-1, 0), (0, -1))]
     assert ring == [(255, 255, 255)] * 2
 
@@ -99,14 +60,14 @@ def test_marker_and_query_pixel_stay_visible_inside_the_circle(processor, tmp_pa
 @pytest.mark.parametrize(("ratio", "color"), [(1.24, report.RIGHT), (1 / 1.24, report.RIGHT), (1.26, report.WRONG)])
 def test_answers_are_framed_by_delta1(tmp_path, ratio, color):
     example = scene_example(2)
-    report.answer_sheet([example] * 3, [ratio * example.truth_m] * 3, ["text"] * 3, tmp_path / "a.png")
+    report.answer_sheet([example] * 3, [ratio * example.questions[0].truth] * 3, ["text"] * 3, tmp_path / "a.png")
     tile, _ = first_tile(opened(tmp_path / "a.png"), example)
     assert tuple(tile[0, 0]) == tuple(bytes.fromhex(color[1:]))
 
 
 def test_failure_is_red_and_its_text_makes_the_cell_longer(tmp_path):
     example = scene_example(2)
-    for name, answer_m in (("read", example.truth_m), ("unread", None)):
+    for name, answer_m in (("read", example.questions[0].truth), ("unread", None)):
         report.answer_sheet([example], [answer_m], ["no number here " * 100], tmp_path / f"{name}.png")
     read, unread = opened(tmp_path / "read.png"), opened(tmp_path / "unread.png")
     assert not has(read, report.WRONG)
@@ -115,48 +76,35 @@ def test_failure_is_red_and_its_text_makes_the_cell_longer(tmp_path):
     assert 1 <= lines <= 2 + report.RAW_CHARACTERS / 30
 
 
-def test_supervised_tokens_are_marked_with_their_weights(processor, tmp_path):
-    example = scene_example(3)
-    papers = {}
-    for weight in (1.0, 5.0):
-        sample = processor.encode([example.image], example.question, example.answer, digit_weight=weight)
-        report.contact_sheet([example] * 3, [sample] * 3, processor.tokenizer.decode, tmp_path / "c.png")
-        below = opened(tmp_path / "c.png")[2 * report.GAP_PX + report.LINE_PX + 3 * len(example.image) :]
-        papers[weight] = [has(below, paper) for paper in report.SUPERVISED[:2]]
-    assert papers == {1.0: [True, False], 5.0: [True, True]}
-
-
-def test_pieces_are_the_tokens_in_order_with_the_middle_left_out(processor):
-    example = scene_example(3)
-    sample = processor.encode([example.image], example.question, example.answer)
-    pieces = report._tokens(sample, processor.tokenizer.decode, {1.0: "#bfe8c6"})
-    text = "".join(piece.text for piece in pieces)
-    assert text.startswith(f"<|im_start|>system↵{tasks.SYSTEM}")
-    assert "<|vision_start|>[36 image tokens]<|vision_end|>Given this image" in text
-    assert "tokens … " in text
-    supervised = "".join(piece.text for piece in pieces if piece.paper == "#bfe8c6")
-    assert supervised == example.answer.replace("\n", "↵") + "<|im_end|>"
-
-
-def test_official_loss_sheet_marks_the_prompt_too(processor):
-    example = scene_example(3)
-    sample = processor.encode([example.image], example.question, example.answer, loss_on="official")
-    pieces = report._tokens(sample, processor.tokenizer.decode, {1.0: "#bfe8c6"})
-    assert [piece.text for piece in pieces if piece.paper == report.PAPER] == [
-        "<|im_start|>", "[36 image tokens]", next(piece.text for piece in pieces if "tokens … " in piece.text),
-    ]  # fmt: skip
-
-
 def test_large_images_are_shrunk_and_the_marker_shown_enlarged(tmp_path):
     noise = np.random.default_rng(0).integers(0, 200, (868, 1176, 3), dtype=np.uint8)
-    image = draw_arrow(noise, 900, 100)
-    example = Example("noise", image, (900, 100), "", "", 2.0)
+    example = marked_example("noise", noise, (900, 100), 2.0)
     report.answer_sheet([example] * 8, [2.0] * 8, [""] * 8, tmp_path / "a.png")
     sheet = opened(tmp_path / "a.png")  # noise does not compress: 256 colours
     assert sheet.shape[1] == report.GAP_PX + 4 * (report.TILE_PX + report.GAP_PX)
     assert tuple(sheet[0, 0]) == (255, 255, 255)
     red = (sheet == RED).all(axis=-1).sum()
     assert red >= 8 * 9 * report.CLOSE_UP_ZOOM**2
+
+
+@pytest.mark.parametrize(("task", "truth", "answer"), [("two_points", 2.0, 2.1), ("speed", 2.0, 0.0)])
+def test_every_point_and_both_images_are_shown(tmp_path, task, truth, answer):
+    noise = np.random.default_rng(0).integers(0, 200, (868, 1176, 3), dtype=np.uint8)
+    pixels = ((200, 700), (900, 100))
+    image = reference.draw(noise, pixels, "cross", 1, "magenta")
+    example = Example("noise", (image,), (Question(task, pixels, "", "", truth),))
+    report.answer_sheet([example] * 4, [answer] * 4, [""] * 4, tmp_path / "a.png")
+    magenta = (opened(tmp_path / "a.png") == COLORS["magenta"]).all(axis=-1).sum()
+    assert magenta >= 4 * 2 * 12 * report.CLOSE_UP_ZOOM**2  # a close-up of each of the two crosses
+    assert has(opened(tmp_path / "a.png"), report.RIGHT) == (answer > 0)
+
+
+def test_two_images_stand_beside_each_other(tmp_path):
+    images = tuple(np.full((96, 96, 3), color, np.uint8) for color in ((10, 20, 30), (90, 80, 70)))
+    example = Example("pair", images, (Question("translation", (), "", "", 0.5),))
+    report.answer_sheet([example] * 3, [0.5] * 3, [""] * 3, tmp_path / "a.png")
+    row = opened(tmp_path / "a.png")[2 * report.GAP_PX + report.LINE_PX + 40, report.GAP_PX :]
+    assert tuple(row[20]) == (10, 20, 30) and tuple(row[96 + 20]) == (90, 80, 70)
 
 
 def test_sheet_has_no_wider_line_than_its_columns(tmp_path):

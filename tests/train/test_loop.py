@@ -19,8 +19,7 @@ from depthlm_jax import checkpoint, log, sharding
 from depthlm_jax import config as config_module
 from depthlm_jax import run as runs
 from depthlm_jax.config import Config
-from depthlm_jax.data import pipeline
-from depthlm_jax.data.records import open_source
+from depthlm_jax.data import pipeline, plan
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import registry
 from depthlm_jax.train import loop, step
@@ -44,7 +43,7 @@ class Watched:
         if self.batches.get_state()["step"] + 1 == self.stop_at:
             self.interrupt()
         rows = next(self.batches)
-        self.record_ids.append(rows.record_ids)
+        self.record_ids.append(rows.about.record_ids)
         return rows
 
     def get_state(self) -> dict:
@@ -52,6 +51,9 @@ class Watched:
 
     def set_state(self, state: dict) -> None:
         self.batches.set_state(state)
+
+    def close(self) -> None:
+        self.batches.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class World:
 
     def batches(self, config: Config | None = None) -> pipeline.Batches:
         config = config or self.config
-        return pipeline.training_batches(open_source(config.data.train), self.run.processor, config)
+        return pipeline.training_batches(pipeline.open_sources(config), self.run.processor, config)
 
     def first_parameters(self) -> dict:
         return jax.tree.map(
@@ -143,7 +145,7 @@ def test_a_checkpoint_holds_state_position_and_config(world, whole):
     abstract = world.trainer.abstract
     parameters, optimizer, run = checkpoints.restore(12, abstract.parameters, abstract.optimizer)
     assert_same_leaves([np.int32(12), *map(np.array, jax.tree.leaves((parameters, optimizer)))], whole.leaves)
-    assert run["data"] == {"step": 12}
+    assert (run["data"]["step"], run["data"]["draws"]["main"]) == (12, 96 + plan.WAITING)
     assert run["config"] == json.loads((whole.workdir / "config.json").read_text())
     latest, alone = checkpoints.restore_parameters(abstract.parameters)
     assert latest == 12
@@ -266,7 +268,7 @@ def damaged(scenes, tmp_path) -> dict:
     file = worlds.write_jsonl(scenes, tmp_path, 8)
     worlds.rewrite_line(file, 3, lambda fields: fields | {"depth": [float("nan")] * len(fields["depth"])})
     (tmp_path / "4.png").unlink()
-    return {"data.train.path": str(file), "data.read_threads": 1}
+    return {"data.sources.main.path": str(file), "data.read_threads": 1}
 
 
 def test_too_many_bad_records_stop_the_run(world, scenes, tmp_path, damaged):
@@ -274,7 +276,7 @@ def test_too_many_bad_records_stop_the_run(world, scenes, tmp_path, damaged):
     with pytest.raises(InputError) as error:
         world.train(tmp_path / "workdir", world.batches(config), config)
     text = str(error.value)
-    assert text.startswith("2 bad records, the last is record ")
+    assert text.startswith("2 bad records, the last is main, record ")
     assert "train.jsonl:3: depth is not" in text or "train.jsonl:5: cannot read image" in text
     assert "at most data.max_bad_records=1" in text
 

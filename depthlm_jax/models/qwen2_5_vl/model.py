@@ -123,7 +123,7 @@ class Qwen25VL(nnx.Module):
     def decode_all(self, batch: dict[str, jax.Array], keep_cache: bool) -> tuple[jax.Array, Cache | None]:
         """Returns hidden_BTD after the last norm, and every layer's keys and values if asked for."""
         turn = self.turn(batch["positions_BTZ"])
-        mask_BTS = causal_mask(batch["segments_BT"])
+        mask_BTS = causal_mask(batch["segments_BT"], batch["branch_BT"])
 
         def step(layer: DecoderLayer, hidden_BTD, *_):
             hidden_BTD, cache = layer(hidden_BTD, turn, mask_BTS)
@@ -157,7 +157,8 @@ class Qwen25VL(nnx.Module):
         return self.constrain(logits_BAV, "BAV")
 
 
-def causal_mask(segments_BT: jax.Array) -> jax.Array:
-    """Returns mask_BTS: a token sees itself and what stands before it in its own sample."""
+def causal_mask(segments_BT: jax.Array, branch_BT: jax.Array) -> jax.Array:
+    """Returns mask_BTS: a token sees itself and what stands before it in its own sample, but not other questions."""
     length = segments_BT.shape[1]
-    return same_segment(segments_BT, segments_BT) & np.tri(length, dtype=bool)
+    shared_BTS = same_segment(branch_BT, branch_BT) | (branch_BT == 0)[:, None, :]
+    return same_segment(segments_BT, segments_BT) & shared_BTS & np.tri(length, dtype=bool)

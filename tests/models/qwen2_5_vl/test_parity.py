@@ -254,3 +254,31 @@ def test_bfloat16_stays_near_float32(one_run):
     kl_BA = np.asarray(jnp.sum(jnp.exp(exact) * (exact - rough), axis=-1))[one_run.batch["weights_BA"] > 0]
     assert 0 < kl_BA.mean() < 3e-4
     assert kl_BA.max() < 1e-3
+
+
+TURNS = [(f"{tiny.QUESTION} number {number}", f"<answer> {number}.25 </answer>") for number in range(1, 5)]
+
+
+def test_independent_questions_answer_as_if_alone(one_run):
+    """Logits, loss and gradient of four questions that share two images are those of four samples of their own."""
+    case = one_run.case
+    images = [tiny.random_images(case.config, grids, seed) for seed, grids in enumerate([[(3, 5), (2, 2)], [(6, 4)]])]
+    together = [[case.processor.encode(pictures, TURNS)] for pictures in images]
+    alone = [[case.processor.encode(pictures, [turn]) for turn in TURNS] for pictures in images]
+    (loss, logits_BAV), gradient = one_run.loss(case.parameters, tiny.pack_rows(case, together))
+    (alone_loss, alone_logits_BAV), alone_gradient = one_run.loss(case.parameters, tiny.pack_rows(case, alone))
+    for row in range(2):
+        answers = sum(len(sample.targets_A) for sample in alone[row])
+        assert tiny.distance(logits_BAV[row, :answers], alone_logits_BAV[row, :answers]) <= LOGITS_TOLERANCE
+    assert abs(float(loss - alone_loss)) <= LOSS_TOLERANCE
+    errors = jax.tree.map(lambda a, b: tiny.distance(a, b) / np.abs(b).max(), gradient, alone_gradient)
+    assert max(jax.tree.leaves(errors)) <= GRADIENT_TOLERANCE
+
+
+def test_a_conversation_is_what_pytorch_sees(one_run):
+    case, images = one_run.case, tiny.random_images(one_run.case.config, [(3, 5), (2, 2)], 0)
+    sample = case.processor.encode(images, TURNS, layout="conversation")
+    logits_BAV = one_run.logits(case.parameters, tiny.pack_rows(case, [[sample], [sample]]))
+    with torch.no_grad():
+        logits_TV = case.hf_model(**tiny.torch_inputs(case, sample, images)).logits[0]
+    assert tiny.distance(logits_BAV[1, : len(sample.targets_A)], logits_TV[sample.answer_index_A]) <= LOGITS_TOLERANCE

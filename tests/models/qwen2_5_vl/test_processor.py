@@ -1,6 +1,7 @@
 """The host side against transformers with the real vocabulary: everything here is exact."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_tokens(processor, grids):
     images = tiny.random_images(processor.config, grids, seed=0)
     for answer in (tiny.ANSWER, "12.03", None):
         for loss_on in ("answer", "official"):
-            sample = processor.encode(images, QUESTION, answer, loss_on=loss_on)
+            sample = processor.encode(images, [(QUESTION, answer)], loss_on=loss_on)
             expected = conversation(processor, grids, QUESTION, answer, answer is None or loss_on == "official")
             np.testing.assert_array_equal(sample.tokens_T, expected)
     assert (sample.tokens_T == 151655).sum() == sum(rows * columns for rows, columns in grids)
@@ -71,7 +72,7 @@ def test_tokens(processor, grids):
 def test_positions(processor, grids):
     with torch.device("meta"):
         model = Qwen2_5_VLModel(transformers.Qwen2_5_VLConfig.from_dict(SIZES))
-    sample = processor.encode(tiny.random_images(processor.config, grids, seed=0), QUESTION, tiny.ANSWER)
+    sample = processor.encode(tiny.random_images(processor.config, grids, seed=0), [(QUESTION, tiny.ANSWER)])
     ids = torch.tensor(sample.tokens_T[None])
     grid = torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in grids]).reshape(-1, 3)
     expected, _ = model.get_rope_index(ids, (ids == 151655).int(), image_grid_thw=grid)
@@ -82,7 +83,7 @@ def test_positions(processor, grids):
 def test_patches(processor, hf_images, grids):
     """Same pixels, same places, same windows; the slots beyond an image's edge are empty."""
     images = tiny.random_images(processor.config, grids, seed=0)
-    sample = processor.encode(images, QUESTION, tiny.ANSWER)
+    sample = processor.encode(images, [(QUESTION, tiny.ANSWER)])
     raw = hf_images(images, do_resize=False, do_rescale=False, do_normalize=False, return_tensors="pt")
     grid = raw["image_grid_thw"]
     assert grid.tolist() == [[1, 2 * rows, 2 * columns] for rows, columns in grids]
@@ -117,7 +118,7 @@ def supervised(processor: Processor, sample) -> str:
 
 
 def test_loss_on_answer(processor):
-    sample = processor.encode(tiny.random_images(processor.config, [(3, 5)], 0), QUESTION, "12.03")
+    sample = processor.encode(tiny.random_images(processor.config, [(3, 5)], 0), [(QUESTION, "12.03")])
     assert supervised(processor, sample) == "12.03<|im_end|>"
     assert sample.answer_index_A[-1] == len(sample.tokens_T) - 2
     assert (sample.weights_A == 1).all()
@@ -125,7 +126,7 @@ def test_loss_on_answer(processor):
 
 def test_loss_on_official(processor):
     sample = processor.encode(
-        tiny.random_images(processor.config, [(3, 5), (2, 2)], 0), QUESTION, "12.03", loss_on="official"
+        tiny.random_images(processor.config, [(3, 5), (2, 2)], 0), [(QUESTION, "12.03")], loss_on="official"
     )
     is_text_T = sample.tokens_T != 151655
     is_text_T[0] = False
@@ -138,14 +139,14 @@ def test_loss_on_official(processor):
 
 @pytest.mark.parametrize("loss_on", ["answer", "official"])
 def test_digits_of_the_answer_alone_weigh_more(processor, loss_on):
-    sample = processor.encode([], "Is it 7 m?", "No, 12.03 m", loss_on=loss_on, digit_weight=3.0)
+    sample = processor.encode([], [("Is it 7 m?", "No, 12.03 m")], loss_on=loss_on, digit_weight=3.0)
     heavy = processor.tokenizer.convert_ids_to_tokens(sample.targets_A[sample.weights_A == 3])
     assert heavy == ["1", "2", "0", "3"]
     assert set(sample.weights_A) == {1.0, 3.0}
 
 
 def test_a_prompt_waits_for_its_next_token(processor):
-    sample = processor.encode([], QUESTION, None)
+    sample = processor.encode([], [(QUESTION, None)])
     assert sample.answer_index_A.tolist() == [len(sample.tokens_T) - 1]
     assert processor.tokenizer.decode(sample.tokens_T).endswith("<|im_start|>assistant\n")
 
@@ -156,9 +157,81 @@ def test_decode_stops_at_the_end_of_turn(processor):
     assert processor.decode(tokens[:3]) == "2.3"
 
 
+TURNS = [(f"How far is point {number}?", f"It is {number}.25 m.") for number in range(1, 4)]
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "official"])
+def test_a_conversation_is_the_templates(processor, loss_on):
+    images = tiny.random_images(processor.config, [(3, 5), (2, 4)], 0)
+    sample = processor.encode(images, TURNS, layout="conversation", loss_on=loss_on)
+    content = [{"type": "image"}] * 2 + [{"type": "text", "text": TURNS[0][0]}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": TURNS[0][1]}]
+    for question, answer in TURNS[1:]:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    for count in (15, 8):
+        text = text.replace("<|image_pad|>", "<placeholder>" * count, 1)
+    text = text.replace("<placeholder>", "<|image_pad|>").removesuffix("\n")
+    text += "\n<|im_start|>assistant\n" if loss_on == "official" else ""
+    np.testing.assert_array_equal(sample.tokens_T, processor.tokenizer(text)["input_ids"])
+    assert not sample.branch_T.any()
+    said = supervised(processor, sample)
+    if loss_on == "answer":
+        assert said == "".join(f"{answer}<|im_end|>" for _, answer in TURNS)
+    assert (np.diff(sample.positions_TZ.max(axis=1)) <= 1).all()
+
+
+def test_independent_questions_are_single_ones_that_share_their_images(processor):
+    images = tiny.random_images(processor.config, [(3, 5), (2, 4)], 0)
+    together = processor.encode(images, TURNS, digit_weight=2.0)
+    assert set(together.branch_T) == {0, 1, 2, 3}
+    answers = 0
+    for number, turn in enumerate(TURNS, start=1):
+        alone = processor.encode(images, [turn], digit_weight=2.0)
+        seen_T = (together.branch_T == 0) | (together.branch_T == number)
+        for field in ("tokens_T", "positions_TZ", "vision_index_T"):
+            np.testing.assert_array_equal(getattr(together, field)[seen_T], getattr(alone, field), err_msg=field)
+        mine_A = together.branch_T[together.answer_index_A] == number
+        place_T = np.cumsum(seen_T) - 1  # where a token stands once the other questions are left out
+        np.testing.assert_array_equal(place_T[together.answer_index_A[mine_A]], alone.answer_index_A)
+        np.testing.assert_array_equal(together.targets_A[mine_A], alone.targets_A)
+        np.testing.assert_array_equal(together.weights_A[mine_A], alone.weights_A)
+        answers += len(alone.targets_A)
+        np.testing.assert_array_equal(together.patches_PC, alone.patches_PC)
+    assert len(together.targets_A) == answers
+
+
+@pytest.mark.parametrize("layout", ["independent", "conversation"])
+@pytest.mark.parametrize("loss_on", ["answer", "official"])
+@pytest.mark.parametrize("grids", [[(3, 5)], [(9, 13), (2, 2)]])
+def test_sizes_are_known_without_images(processor, layout, loss_on, grids):
+    for turns in (TURNS[:1], TURNS):
+        images = tiny.random_images(processor.config, grids, 0)
+        sample = processor.encode(images, turns, layout=layout, loss_on=loss_on)
+        tokens, answers = processor.text_size(len(grids), turns, layout, loss_on)
+        rows, columns = np.array(grids).T
+        image_tokens, slots = processor.image_size(columns * 28, rows * 28)
+        assert len(sample.tokens_T) == tokens + image_tokens.sum()
+        assert len(sample.patches_PC) == slots.sum()
+        assert len(sample.targets_A) == answers
+
+
+def test_a_processor_goes_to_another_process(processor):
+    again = pickle.loads(pickle.dumps(processor))
+    one, other = (each.encode([], TURNS) for each in (processor, again))
+    np.testing.assert_array_equal(one.tokens_T, other.tokens_T)
+
+
+def test_a_template_that_rewrites_earlier_turns(processor, monkeypatch):
+    template = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    monkeypatch.setattr(processor.tokenizer, "chat_template", template)
+    with pytest.raises(InputError, match=r"an earlier turn changes when another follows[\s\S]*layout=independent"):
+        processor.encode([], TURNS, layout="conversation")
+
+
 def test_image_off_the_grid(processor):
     with pytest.raises(InputError) as error:
-        processor.encode([np.zeros((56, 85, 3), np.uint8)], QUESTION, None)
+        processor.encode([np.zeros((56, 85, 3), np.uint8)], [(QUESTION, None)])
     for part in ("not on the patch grid", "85×56 px", "multiples of 28 px"):
         assert part in str(error.value)
 
@@ -166,7 +239,7 @@ def test_image_off_the_grid(processor):
 @pytest.mark.parametrize("question, answer", [("What is <|image_pad|>?", None), ("What?", "An <|image_pad|>")])
 def test_image_token_in_a_text(processor, question, answer):
     with pytest.raises(InputError, match=r"(?s)do not match.*2 image tokens for 1 images.*remove image tokens"):
-        processor.encode([np.zeros((56, 84, 3), np.uint8)], question, answer)
+        processor.encode([np.zeros((56, 84, 3), np.uint8)], [(question, answer)])
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
