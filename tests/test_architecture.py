@@ -25,7 +25,7 @@ LEVELS = (
     ("models.registry", "data.pipeline", "sharding", "log", "checkpoint"),
     ("run",),
     ("train.", "eval."),
-    ("release", "verify"),
+    ("release", "verify", "bench."),
     ("cli.",),
     ("__main__",),
 )

@@ -64,6 +64,11 @@ def define_path(values: flags.FlagValues, name: str, text: str) -> None:
     flags.DEFINE_string(name, "", text, flag_values=values)
 
 
+def define_word(values: flags.FlagValues, words: list[str], text: str) -> None:
+    """Adds --word, which may be written without its name; None if it was not given."""
+    flags.DEFINE_enum("word", None, words, text, flag_values=values)
+
+
 def read_config(values: flags.FlagValues) -> config_module.Config:
     """Returns the recipe with its overrides, validated."""
     if values.config is None:
@@ -83,6 +88,8 @@ def _parse(values: flags.FlagValues, name: str, arguments: list[str]) -> None:
     _check_overrides(arguments)
     try:
         rest = values([f"{PROGRAM} {name}", *arguments])[1:]
+        if rest and "word" in values:
+            values["word"].parse(rest.pop(0))
     except flags.Error as error:
         raise UsageError(str(error)) from error
     except (TypeError, ValueError) as error:

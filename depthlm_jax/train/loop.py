@@ -1,5 +1,6 @@
 """The training loop: state on the mesh, batches in, metrics and checkpoints out."""
 
+import collections
 import dataclasses
 import math
 import time
@@ -129,7 +130,7 @@ class Meter:
         self.pending: tuple[int, dict, object] | None = None
         self.samples, self.empty, self.steps, self.used = 0, 0, 0, (0, 0)
         self.draws, self.draws_told = draws, draws  # samples that each source has given; when the last line was written
-        self.bad: set[str] = set()  # the same record is met again in the next epoch
+        self.bad: dict[str, str] = {}  # what is wrong, by record: the same one is met again in the next epoch
         self.start = self.since = time.monotonic()
 
     def add(self, number: int, metrics: dict, about) -> None:
@@ -191,11 +192,13 @@ class Meter:
         for drop in dropped:
             if not drop.bad or drop.record_id in self.bad:
                 continue
-            self.bad.add(drop.record_id)
+            self.bad[drop.record_id] = drop.reason.splitlines()[0].rpartition(": ")[2]
             log.say(f"skipped {drop.record_id}, the bad one number {len(self.bad)}: {drop.reason}")
             if len(self.bad) > limit:
+                kinds = collections.Counter(self.bad.values()).most_common()
                 raise InputError(
-                    f"{len(self.bad)} bad records, the last is {drop.record_id}: {drop.reason}", found=len(self.bad),
+                    f"{len(self.bad)} bad records, the last is {drop.record_id}: {drop.reason}",
+                    found=", ".join(f"{count} × {kind}" for kind, count in kinds),
                     expected=f"at most data.max_bad_records={limit}",
                     fix="correct the records, or allow that many with --config.data.max_bad_records",
                 )  # fmt: skip

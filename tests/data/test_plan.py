@@ -134,6 +134,26 @@ def test_realised_shares(processor, weights):
     assert (counts["b"] == 0) == (weights["b"] == 0)
 
 
+@pytest.mark.parametrize("hosts", [1, 4])
+def test_each_host_has_its_share_of_every_source(processor, hosts):
+    """Within five standard deviations of a random draw, over 10,000 samples."""
+    weights = {"a": 1, "b": 1, "c": 0.1}
+    sources = {name: Sizes(1000) for name in weights}
+    given = planner(sources, processor, settings(weights, {"data.global_batch_rows": 64}))
+    counts, total = [dict.fromkeys(weights, 0) for _ in range(hosts)], 0
+    while total < 10_000:
+        rows, _ = given.next_step()
+        for host, mine in enumerate(np.array_split(np.arange(64), hosts)):
+            for source, _ in names([rows[row] for row in mine]):
+                counts[host][source] += 1
+        total += sum(map(len, rows))
+    for of_host in counts:
+        samples = sum(of_host.values())
+        for name, weight in weights.items():
+            share = weight / 2.1
+            assert abs(of_host[name] / samples - share) < 5 * np.sqrt(share * (1 - share) / samples)
+
+
 def test_another_mixture_continues_each_source(processor):
     sources = {name: Sizes(40) for name in "ab"}
     first = planner(sources, processor, settings({"a": 1, "b": 1}))

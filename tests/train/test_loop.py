@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -279,6 +280,35 @@ def test_too_many_bad_records_stop_the_run(world, scenes, tmp_path, damaged):
     assert text.startswith("2 bad records, the last is main, record ")
     assert "train.jsonl:3: depth is not" in text or "train.jsonl:5: cannot read image" in text
     assert "at most data.max_bad_records=1" in text
+
+
+def test_corrupted_files_by_the_hundred_are_skipped_up_to_the_limit(world, scenes, tmp_path, capsys):
+    """Of 400 records a quarter has a cut picture, a quarter a damaged line: the run goes on, and stops at its cap."""
+    good = worlds.write_jsonl(scenes, tmp_path, 8)
+    lines, rng = good.read_text().splitlines(), np.random.default_rng(0)
+    pictures = [(tmp_path / f"{number}.png").read_bytes() for number in range(8)]
+    many = []
+    for number in range(400):
+        fields = json.loads(lines[number % 8]) | {"image": f"many{number}.png"}
+        whole = pictures[number % 8]
+        part = whole[: rng.integers(len(whole) - 20)] if number % 4 == 1 else whole
+        (tmp_path / f"many{number}.png").write_bytes(part)
+        line = json.dumps(fields)
+        many.append(line[: rng.integers(len(line) - 1)] if number % 4 == 3 else line)
+    (tmp_path / "many.jsonl").write_text("\n".join(many) + "\n")
+    changes = {"data.sources.main.path": str(tmp_path / "many.jsonl"), "data.max_bad_records": 80}
+    config = worlds.config(scenes, STEPS | changes)
+    world.train(tmp_path / "goes on", world.batches(config), config)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
+    assert 30 < len(said) <= 80
+    assert all(re.search(r": many\.jsonl:\d+: (cannot decode image|line is not JSON)", line) for line in said)
+    config = worlds.config(scenes, STEPS | changes | {"data.max_bad_records": 15})
+    with pytest.raises(InputError) as error:
+        world.train(tmp_path / "stops", world.batches(config), config)
+    text = str(error.value)
+    assert text.startswith("16 bad records, the last is main, record ")
+    assert re.search(r"found:    \d+ × (cannot decode image|line is not JSON), \d+ × ", text)
+    assert "data.max_bad_records=15" in text
 
 
 def test_bad_records_within_the_limit_are_logged_once_and_left_out(world, scenes, tmp_path, damaged, capsys):

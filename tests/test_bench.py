@@ -1,0 +1,150 @@
+"""The measurements: both commands really run, and what they compare is the same work."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import qwen2_5_vl_3b
+from depthlm_jax import __main__ as program
+from depthlm_jax import config as config_module
+from depthlm_jax.bench import data, index
+from depthlm_jax.data import camera
+from depthlm_jax.data.index import ROW
+from depthlm_jax.errors import InputError
+
+GREY_LEVELS = 1.0  # mean difference of the two paths' pictures
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A .jsonl file of three smooth 640×480 pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for number in range(3):
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        points = [[100 + 40 * k, 200] for k in range(10)]
+        lines.append({"image": f"{number}.png", "intrinsics": [560, 560, 319.5, 239.5, 640, 480],
+                      "pixel_coords": points, "depth": [2.0] * 10})  # fmt: skip
+    file = folder / "pictures.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = program.main(["bench", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_bench_data_runs(capsys, pictures, monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_IMAGES", 2)
+    cores = os.sched_getaffinity(0)
+    status, out, err = call(capsys, "data", f"--images={pictures}", "--repeats=1", "--json")
+    assert status == 0, err
+    assert os.sched_getaffinity(0) == cores
+    result = json.loads(out.splitlines()[-1])
+    assert {name: found["images"] for name, found in result["sets"].items()} == {"pictures.jsonl": 3, "synthetic": 2}
+    assert result["ratio"] == min(found["ratio"] for found in result["sets"].values())
+    assert data.PEER in out and result["peer"] == data.PEER
+    for found in result["sets"].values():
+        assert sum(found["parts_ms"].values()) == pytest.approx(found["ours_ms"])
+        assert found["ours_images_s"] * found["ours_ms"] == pytest.approx(1000)
+        assert found["ratio"] == pytest.approx(found["ours_images_s"] / found["plain_images_s"])
+        assert 0 < found["parts_ms"]["decoding"] < 1000
+
+
+@pytest.mark.parametrize("source", ["pictures", "synthetic"])
+def test_both_paths_give_the_same_sample(source, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_IMAGES", 2)
+    held = data.real(str(pictures)) if source == "pictures" else data.synthetic()
+    paths = data.paths_of(held, tmp_path)
+    slots = data.planned(paths.maker, held)
+    assert sorted(slot.record for slot in slots) == list(range(len(held)))
+    for slot in slots:
+        example, sample = paths.maker(slot)
+        patches, tokens = paths.lanes(slot)["plain"]()
+        np.testing.assert_array_equal(tokens["input_ids"], sample.tokens_T)
+        same = paths.image_processor(images=[Image.fromarray(example.images[0])], return_tensors="np")
+        np.testing.assert_array_equal(patches["image_grid_thw"], same["image_grid_thw"])
+        if source == "pictures":
+            deviation = 255 * np.mean(paths.image_processor.image_std)
+            assert deviation * np.abs(patches["pixel_values"] - same["pixel_values"]).mean() < GREY_LEVELS
+
+
+def test_sizes_are_those_of_the_3b_recipe(tmp_path):
+    recipe = config_module.parse(qwen2_5_vl_3b.get_config())
+    paths = data.paths_of(data.Held([], np.zeros(0, ROW)), tmp_path)
+    assert paths.maker.config.data.geometry == recipe.data.geometry
+    ours, published = paths.maker.processor.config.vision, recipe.model.hf_config["vision_config"]
+    assert ours.patch_size == published["patch_size"]
+    assert ours.spatial_merge_size == published["spatial_merge_size"]
+    assert ours.window_size == published["window_size"]
+
+
+def test_synthetic_images_are_like_photographs(monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_IMAGES", 1)
+    held = data.synthetic()
+    assert 1.0 < 8 * len(held[0].image) / (1920 * 1280) < 3.0  # bits a pixel
+    source = camera.Camera(*held[0].intrinsics.tolist(), *held[0].size)
+    assert camera.plan_view(source, config_module.Geometry(), 28, None).reduction == 2
+
+
+def test_images_that_give_no_sample_are_named(pictures, tmp_path):
+    held = data.real(str(pictures))
+    cut = [dataclasses.replace(record, image=record.image[:2000]) for record in held.records]
+    paths = data.paths_of(data.Held(cut, held.index), tmp_path)
+    with pytest.raises(InputError, match="bench data: no sample(.|\n)*pictures.jsonl:.*cannot decode"):
+        data.planned(paths.maker, paths.maker.sources[data.SOURCE])
+
+
+def test_bench_index_runs(capsys):
+    status, out, err = call(capsys, "index", "--records=2000", "--json")
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["records"] == 2000
+    assert result["bytes_per_record"] == ROW.itemsize
+    assert result["ratio"] == pytest.approx(result["peer_s"] / result["open_s"])
+    assert result["peer"] in index.PEERS.values() and result["peer"] in out
+    assert min(result[f"{way}_s"] for way in ("build", "open", "peer")) > 0
+
+
+def test_memory_is_the_childs_own(tmp_path):
+    """Not hidden below the peak of this process, which is larger than the child's."""
+    file = tmp_path / "records.jsonl"
+    index.write(file, 20_000)
+    read = index.in_a_process("json", file)
+    assert read["records"] == 20_000
+    assert read["mib"] > file.stat().st_size / 2**20  # dictionaries are larger than their text
+
+
+def test_a_measurement_that_fails_is_named(tmp_path):
+    with pytest.raises(InputError, match="bench index: open ended early(.|\n)*no.jsonl(.|\n)*fewer --records"):
+        index.in_a_process("open", tmp_path / "no.jsonl")
+
+
+@pytest.mark.parametrize(
+    "arguments, status, text",
+    [
+        ([], 2, "bench what? one of: data, index"),
+        (["dta"], 2, "should be one of <data|index>"),
+        (["data", "index"], 2, "what is 'index'?"),
+        (["data", "--repeats=0"], 2, "repeats"),
+        (["data", "--images=no/such.jsonl"], 1, "no/such.jsonl"),
+    ],
+)
+def test_wrong_usage_says_what_is_wrong(capsys, arguments, status, text):
+    found, _, err = call(capsys, *arguments)
+    assert found == status
+    assert text in err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["data", "--help"]])
+def test_help(capsys, arguments):
+    status, out, _ = call(capsys, *arguments)
+    assert status == 0
+    assert "--images" in out and "--records" in out
