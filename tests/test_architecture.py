@@ -29,7 +29,7 @@ LEVELS = (
     ("cli.",),
     ("__main__",),
 )
-LONGEST_CHAIN = 8  # imports, one after the other
+LONGEST_CHAIN = 9  # imports, one after the other
 FILE_LINES, FUNCTION_LINES = 300, 60  # of code: no blank lines, comments, docstrings
 CONFIG_LEAVES = 70
 TOP_LEVEL = {
@@ -268,7 +268,7 @@ BROKEN = (  # a rule, a package that breaks it once, and what the rule says of t
         {"tree.py": "import depthlm_jax.batch", "batch.py": "import depthlm_jax.tree"},
         "batch → tree → batch",
     ),
-    (chain_broken, {f"data/a{i}.py": f"import depthlm_jax.data.a{i + 1}" for i in range(10)}, "data.a9: 9 imports"),
+    (chain_broken, {f"data/a{i}.py": f"import depthlm_jax.data.a{i + 1}" for i in range(11)}, "data.a10: 10 imports"),
     (device_code_on_the_host, {"data/a.py": "import jax.numpy as jnp"}, "data.a → jax: the host's code loads no jax"),
     (
         device_code_on_the_host,

@@ -7,7 +7,9 @@ processor and tokenizer; view, point and texts are given to it. Its crops are cu
 
 Time is CPU time of the process, pinned to one core: what else the machine does counts little.
 
-FLOOR
+The floor is decoding at the size that the view needs, and one pass over the output, about 3 MB of patches: under 1 ms.
+From it about 8 × the plain path was predicted. Measured, on a shared core: 4.3 × for 640×480 PNG files, whose decoding
+is 60 % of our time and in both paths, and 5.0 × for 1920×1280 JPEG files, which we decode at half size.
 """
 
 import contextlib

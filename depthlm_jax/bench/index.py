@@ -56,9 +56,8 @@ def in_a_process(way: str, file: Path) -> dict:
     command = [sys.executable, "-m", "depthlm_jax.bench.index", way, str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
         raise InputError(
-            f"bench index: {way} ended early", found=f"exit status {done.returncode}, {said[-1:] or 'nothing said'}",
+            f"bench index: {way} ended early", found=f"exit status {done.returncode}: {done.stderr.strip()[-400:]}",
             expected="exit status 0", fix="give fewer --records, or use a machine with more memory",
         )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])

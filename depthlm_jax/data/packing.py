@@ -91,9 +91,10 @@ def _fields(sample: Sample, number: int, token: int, patch: int, image: int) -> 
 
 def _fill(field: str, parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     row = np.full(shape, FILL.get(field, 0), FIELDS[field])
-    if parts:
-        values = np.concatenate(parts)
-        row[: len(values)] = values
+    start = 0
+    for part in parts:
+        row[start : start + len(part)] = part
+        start += len(part)
     return row
 
 

@@ -179,7 +179,7 @@ class Processor:
         places = [_patch_places(*grid, *sizes[:2]) for grid in grids]
         ids = [np.where(valid, number, 0) for number, (_, valid) in enumerate(places, start=1)]
         return {
-            "patches_PC": np.concatenate(parts) if parts else np.zeros((0, self.config.channels), np.uint8),
+            "patches_PC": _joined(parts) if parts else np.zeros((0, self.config.channels), np.uint8),
             "patch_rc_P2": np.concatenate([rc for rc, _ in places]) if places else np.zeros((0, 2), np.int64),
             "image_id_P": np.concatenate(ids) if ids else np.zeros(0, np.int64),
         }
@@ -198,6 +198,10 @@ def _append_text(tokens: list, index: list, positions: list, ids_T: np.ndarray, 
     tokens.append(ids_T)
     index.append(np.full(len(ids_T), -1))
     positions.append(np.repeat(position + np.arange(len(ids_T))[:, None], 3, axis=1))
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]  # one image, the usual case, is not copied
 
 
 def _grid(image: np.ndarray, grid_px: int) -> tuple[int, int]:
@@ -237,8 +241,11 @@ def _patch_places(rows: int, columns: int, window: int, merge: int) -> tuple[np.
 def _window_patches(image: np.ndarray, window: int, merge: int, patch: int) -> np.ndarray:
     """Returns patches_PC uint8 of an image, window-major, merge-block-minor; slots beyond the edge are zero."""
     side = window * merge * patch
-    height, width = image.shape[:2]
-    padded = np.pad(image, ((0, -height % side), (0, -width % side), (0, 0)))
-    down, across = padded.shape[0] // side, padded.shape[1] // side
-    blocks = padded.reshape(down, window, merge, patch, across, window, merge, patch, -1)
-    return blocks.transpose(0, 4, 1, 5, 2, 6, 8, 3, 7).reshape(down * across * (side // patch) ** 2, -1)
+    height, width, channels = image.shape
+    down, across = -(-height // side), -(-width // side)
+    planes = np.zeros((channels, down * side, across * side), np.uint8)
+    planes[:, :height, :width] = image.transpose(2, 0, 1)
+    lines = planes.view(f"V{patch}")  # a patch's line of one colour is moved as one piece
+    lines = lines.reshape(channels, down, window, merge, patch, across, window, merge)
+    in_order = np.ascontiguousarray(lines.transpose(1, 5, 2, 6, 3, 7, 0, 4))
+    return in_order.view(np.uint8).reshape(down * across * (window * merge) ** 2, -1)
