@@ -6,6 +6,7 @@ dataclasses and rejects what it does not know, naming the nearest field.
 
 import dataclasses
 import difflib
+import keyword
 import math
 import re
 import typing
@@ -97,7 +98,7 @@ class Data:
     max_tokens: int = 2560  # T: token slots of a row
     max_patches: int = 9216  # P: patch slots of a row, padding of edge windows included
     max_answer_tokens: int = 48  # A: supervised positions of a row
-    max_bad_records: int = 0  # unreadable records are skipped and logged up to this number, then training stops
+    max_bad_records: int = 0  # bad records that a host skips and logs, from its start on, before training stops
     workers: int = 0  # processes of a host that make rows; 0: threads of the training process
     read_threads: int = 16  # of each process
     prefetch_rows: int = 32
@@ -196,10 +197,11 @@ RANGES = {  # of numbers, both ends included
     "optim.warmup_ratio": (0, 1), "optim.adam_b1": (0, 1), "optim.adam_b2": (0, 1), "optim.adam_eps": (0, 1),
     "optim.max_grad_norm": (1e-12, 2**31 - 1),
 }  # fmt: skip
-# What may differ between a workdir and the run that continues it: it changes speed or reporting, not the result.
+MIXTURE = ("data.sources", "data.mixture")  # may be changed on the way
+# What may differ between a workdir and the run that continues it: the mixture, and what changes speed or reporting.
 FREE_TO_CHANGE = (
-    "mesh", "eval", "train.save_steps", "train.logging_steps", "data.sources", "data.mixture", "data.workers",
-    "data.read_threads", "data.prefetch_rows", "data.max_bad_records",
+    *MIXTURE, "mesh", "eval", "train.save_steps", "train.logging_steps", "data.workers", "data.read_threads",
+    "data.prefetch_rows", "data.max_bad_records",
 )  # fmt: skip
 
 
@@ -211,9 +213,26 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def sources(table: dict[str, dict]) -> ml_collections.ConfigDict:
-    """Returns data.sources of a recipe: {"nuscenes": {"path": "nuscenes.jsonl", "weight": 0.1}, …}."""
+    """Returns data.sources of a recipe: {"nuscenes": {"path": "nuscenes.jsonl", "weight": 0.1}, …}.
+
+    Raises:
+      InputError: a name that is none, or fields that are not in a dict.
+    """
     default = dataclasses.asdict(TrainSource())
+    for name, fields in table.items():
+        _check_source(name, fields)
     return ml_collections.ConfigDict({name: default | fields for name, fields in table.items()})
+
+
+def _check_source(name: object, fields: object) -> None:
+    if not (isinstance(name, str) and name.isidentifier()) or keyword.iskeyword(name):
+        raise InputError(
+            "config: bad name of a source in data.sources", found=repr(name),
+            expected="letters, digits and _, no digit first: it is part of --config.data.sources.NAME.weight",
+            fix="rename it in the recipe",
+        )  # fmt: skip
+    if not isinstance(fields, dict):
+        raise _bad_value(f"data.sources.{name}", f"{fields!r} of type {type(fields).__name__}", '{"path": …, …}')
 
 
 def parse(recipe: ml_collections.ConfigDict) -> Config:
@@ -268,6 +287,8 @@ def _parse_value(kind, value, path: str):
         if type(value) is not dict or not value:
             raise _bad_value(path, f"{value!r} of type {type(value).__name__}", "named sections, at least one")
         section = typing.get_args(kind)[1]
+        for name, fields in value.items():
+            _check_source(name, fields)
         return {name: _parse_section(section, fields, f"{path}.{name}.") for name, fields in value.items()}
     if typing.get_origin(kind) is tuple:
         return _parse_range(typing.get_args(kind)[0], value, path)
@@ -294,11 +315,23 @@ def _parse_range(kind: type, value, path: str) -> tuple:
 
 
 def unknown_key(path: str, known: list[str]) -> InputError:
-    """Returns the error for a config path that no section has, with the nearest one that exists."""
-    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
+    """Returns the error for a config path that is no field.
+
+    Args:
+      path: what was given.
+      known: paths of fields; the nearest one is proposed, those in the section nearest to `path` are listed.
+    """
+    parts = path.split(".")
+    sections = [".".join(parts[:end]) + "." for end in range(len(parts), 0, -1)] + [""]
+    section = next(section for section in sections if any(field.startswith(section) for field in known))
+    depth = section.count(".") + 1
+    inside = [field for field in known if field.startswith(section)]
+    siblings = sorted({".".join(field.split(".")[:depth]) for field in inside})
+    is_section = section == f"{path}."
+    nearest = difflib.get_close_matches(path, inside if is_section else known, n=1, cutoff=0.0)
     return InputError(
-        f"config: unknown field {path!r}", found=path, expected=f"one of {sorted(known)}",
-        fix=f"did you mean {nearest[0]!r}?",
+        f"config: unknown field {path!r}", found="a section" if is_section else path,
+        expected=f"one of {siblings}", fix=f"did you mean {nearest[0]!r}?",
     )  # fmt: skip
 
 
@@ -338,11 +371,20 @@ def from_dict(values: dict) -> Config:
 
 def differences(saved: Config, current: Config) -> list[str]:
     """Returns a line for each field that is not free to change and differs."""
+    return [line for path, line in _differing(saved, current) if not path.startswith(FREE_TO_CHANGE)]
+
+
+def mixture_changes(saved: Config, current: Config) -> list[str]:
+    """Returns a line for each field of the mixture that differs."""
+    return [line for path, line in _differing(saved, current) if path.startswith(MIXTURE)]
+
+
+def _differing(saved: Config, current: Config) -> list[tuple[str, str]]:
     before, now = flatten(saved), flatten(current)
     return [
-        f"{path}: {before.get(path)!r} there, {now.get(path)!r} here"
+        (path, f"{path}: {before.get(path)!r} there, {now.get(path)!r} here")
         for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path) and not path.startswith(FREE_TO_CHANGE)
+        if before.get(path) != now.get(path)
     ]
 
 

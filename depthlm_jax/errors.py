@@ -8,6 +8,11 @@ class InputError(ValueError):
         self.parts = what, found, expected, fix
         super().__init__(f"{what}\n  found:    {found}\n  expected: {expected}\n  fix:      {fix}")
 
+    def of(self, record_id: str) -> "InputError":
+        """Returns the same error with the name of what it is about in front."""
+        what, found, expected, fix = self.parts
+        return InputError(f"{record_id}: {what}", found=found, expected=expected, fix=fix)
+
     def __reduce__(self):
         what, found, expected, fix = self.parts  # as text: not every object goes to another process
         return _input_error, (what, str(found), str(expected), fix)

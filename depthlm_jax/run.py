@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import zlib
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental import multihost_utils
 from depthlm_jax import checkpoint, files, hf, log, sharding, tree
 from depthlm_jax import config as config_module
 from depthlm_jax.data import tasks, transforms
+from depthlm_jax.data.records import Records
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import registry
 
@@ -38,8 +40,11 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
     """
     workdir = Path(workdir)
     saved = workdir / "config.json"
+    changed = []
     if saved.exists():
-        config_module.check_same_run(config_module.load(saved), config, str(workdir))
+        before = config_module.load(saved)
+        config_module.check_same_run(before, config, str(workdir))
+        changed = config_module.mixture_changes(before, config)
     if jax.process_index() == 0:
         files.make_writable(workdir)
         if not saved.exists():
@@ -54,9 +59,24 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
         )  # fmt: skip
     field = "data.global_batch_rows (divided by train.gradient_accumulation_steps)"
     run = connect(config, workdir, jax.devices(), rows // accumulate, field)
-    if jax.process_index() == 0 and not saved.exists():  # only now: a config that cannot be trained claims no folder
+    if jax.process_index() == 0 and (changed or not saved.exists()):  # only now: it can be trained
+        for line in changed:
+            log.say(f"{workdir} goes on with another mixture: {line}")
         config_module.save(config, saved)
     return run
+
+
+def check_same_data(sources: dict[str, Records]) -> None:
+    """Raises InputError unless all processes see the same records: they would disagree on who trains on which."""
+    digests = np.array([zlib.crc32(np.ascontiguousarray(records.index)) for records in sources.values()], np.uint32)
+    of_all = multihost_utils.process_allgather(digests)
+    same_S = (of_all.reshape(-1, len(digests)) == digests).all(axis=0)
+    differ = [name for name, same in zip(sources, same_S, strict=True) if not same]
+    if differ:
+        raise InputError(
+            "the processes see different data", found=f"other indexes of {differ} on this host than on others",
+            expected="the same files everywhere", fix="remove the .index files beside the data, and check its storage",
+        )  # fmt: skip
 
 
 def _begin(config: config_module.Config, base: Path) -> None:

@@ -109,6 +109,39 @@ def test_sources_are_named_and_the_rest_is_the_default():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["a.b", "a/b", "a-b", "", "2d", "class", 3])
+def test_a_source_name_that_no_flag_could_hold_is_named(name):
+    with pytest.raises(InputError) as error:
+        config_module.sources({name: {"path": "a.jsonl"}})
+    assert f"bad name of a source in data.sources\n  found:    {name!r}" in str(error.value)
+    values = dataclasses.asdict(Config())
+    values["data"]["sources"] = {name: values["data"]["sources"]["main"]}
+    with pytest.raises(InputError, match="bad name of a source"):
+        config_module.from_dict(values)
+
+
+def test_a_source_that_is_only_a_path_is_named():
+    with pytest.raises(InputError, match=r"bad value of data\.sources\.x\n  found:    'a\.jsonl' of type str"):
+        config_module.sources({"x": "a.jsonl"})
+
+
+@pytest.mark.parametrize(
+    ("path", "listed", "nearest"),
+    [
+        ("a.b.ro", "['a.b.cow', 'a.b.row']", "a.b.row"),
+        ("a.d.row", "['a.b', 'a.x']", "a.b.row"),
+        ("cow", "['a', 'e']", "a.b.cow"),
+        ("a.b.row.z", "['a.b.cow', 'a.b.row']", "a.b.row"),
+        ("a.b", "['a.b.cow', 'a.b.row']", "a.b.row"),
+    ],
+)
+def test_an_unknown_field_lists_the_nearest_section_only(path, listed, nearest):
+    text = str(config_module.unknown_key(path, ["a.b.row", "a.b.cow", "a.x", "e"]))
+    assert f"expected: one of {listed}\n" in text
+    assert f"did you mean {nearest!r}?" in text
+    assert ("found:    a section" in text) == (path == "a.b")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -14,7 +14,8 @@ from depthlm_jax.data import pipeline
 
 ROOT = Path(__file__).parents[1]
 STEPS, STOP = 4, 2
-CHANGES = {"data.max_tokens": 500, "data.max_patches": 256, "data.max_answer_tokens": 160}
+CHANGES = {"data.max_tokens": 500, "data.max_patches": 256, "data.max_answer_tokens": 160, "data.geometry.flip": 0.5,
+           "data.tasks.two_points": 1.0, "data.geometry.crop_width": (32, 64)}  # fmt: skip
 HOST = """
 import hashlib, json, sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from depthlm_jax.data import pipeline
 def main(scenes, base, address, host, hosts, workers, steps, state, changes):
     jax.distributed.initialize(address, hosts, host)
     assert (jax.process_index(), jax.process_count()) == (host, hosts)
-    config = worlds.config(Path(scenes), changes | {"data.workers": workers})
+    config = worlds.two_sources(Path(scenes), changes | {"data.workers": workers})
     processor = worlds.processor_of(base)
     batches = pipeline.training_batches(
         pipeline.open_sources(config), processor, config, jax.process_index(), jax.process_count()
@@ -93,7 +94,7 @@ def alone(world) -> list[dict]:
 
 
 def test_the_process_of_the_tests_makes_the_same(scenes, alone, tmp_path):
-    config = worlds.config(scenes, CHANGES)
+    config = worlds.two_sources(scenes, CHANGES)
     processor = worlds.processor(worlds.HF_CONFIG, tmp_path / "base")
     batches = pipeline.training_batches(pipeline.open_sources(config), processor, config)
     assert list(next(batches).about.record_ids) == alone[0]["names"]

@@ -109,7 +109,12 @@ def test_all_records_bad_is_an_error_with_the_reasons(recipe, tmp_path, capsys):
         said = capsys.readouterr()
         if status:
             break
-    assert status == 1 and "nothing to show" in said.err and "no sample of seldom, record " in said.out
+    assert (
+        status == 1
+        and "nothing to show" in said.err
+        and "no sample: " in said.out
+        and "depth is not a positive" in said.out
+    )
 
 
 # In a browser

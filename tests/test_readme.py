@@ -13,7 +13,7 @@ import worlds
 
 from configs import qwen2_5_vl_3b
 from depthlm_jax import run as runs
-from depthlm_jax.config import Config
+from depthlm_jax.config import Config, default_config, parse
 from depthlm_jax.data import pipeline
 from depthlm_jax.train import loop
 
@@ -88,7 +88,7 @@ def test_every_script_of_the_readme_is_known():
 
 
 def test_readme_commands_run_in_their_order(place):
-    assert len(COMMANDS) >= 7
+    assert len(COMMANDS) >= 8
     for command in COMMANDS:
         done = run(f"{command} {extra(command)} --json", place)
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
@@ -125,6 +125,15 @@ def test_every_file_in_the_readme_exists():
         m for m in modules if m not in tree and not m.startswith(("cli/", "models/qwen2_5_vl/")) and "__init__" not in m
     }
     assert unnamed == set()
+
+
+def test_recipe_lines_of_the_readme():
+    (lines,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    recipe = default_config()
+    exec(lines, {"config": recipe})
+    data = parse(recipe).data
+    assert {name: source.weight for name, source in data.sources.items()} == {"streets": 1.0, "rooms": 0.1}
+    assert data.reference.questions == 10 and data.tasks.two_points == 0.5
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))

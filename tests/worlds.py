@@ -56,6 +56,14 @@ def config(scenes: Path, changes: dict | None = None) -> config_module.Config:
     return config_module.parse(recipe(scenes, changes))
 
 
+def two_sources(scenes: Path, changes: dict) -> config_module.Config:
+    """Returns the config with a large and a small source."""
+    shrunk = recipe(scenes, changes)
+    both = {"large": {"path": str(scenes), "weight": 3.0}, "small": {"path": str(scenes), "split": "validation"}}
+    shrunk.data.sources = config_module.sources(both)
+    return config_module.parse(shrunk)
+
+
 def processor(hf_config: dict, folder: Path):
     """Returns a processor with these sizes and a vocabulary of its own."""
     family, texts = registry.family("qwen2_5_vl"), ["system\n", "user\n", "assistant\n", tasks.SYSTEM, tasks.QUESTION]

@@ -2,11 +2,16 @@
 
 import difflib
 import importlib
+import itertools
 import json
 import re
+import runpy
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -33,7 +38,7 @@ def run(name: str, summary: str, arguments: list[str]) -> int:
     try:
         _parse(values, name, arguments)
         if values.help:
-            print(f"{PROGRAM} {name}: {summary}\n{values.get_help()}")
+            print(f"{PROGRAM} {name}: {summary}\n{_help(values)}")
             return 0
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's global flags
         result = module.run(values)
@@ -56,8 +61,10 @@ def run(name: str, summary: str, arguments: list[str]) -> int:
 def define_config(values: flags.FlagValues) -> None:
     """Adds --config and, through it, --config.any.field=value."""
     config_flags.DEFINE_config_file(
-        "config", None, "recipe file, for example configs/demo.py", flag_values=values, lock_config=True
-    )
+        "config", None, "recipe file, for example configs/demo.py; any field of it is changed with "
+        "--config.section.field=value; depthlm_jax/config.py says what each means", flag_values=values,
+        lock_config=True,
+    )  # fmt: skip
 
 
 def define_path(values: flags.FlagValues, name: str, text: str) -> None:
@@ -83,16 +90,22 @@ def read_path(values: flags.FlagValues, name: str) -> Path:
     return Path(values[name].value)
 
 
+def _help(values: flags.FlagValues) -> str:
+    """Returns the command's own flags, without absl's and without headings of modules."""
+    lines = values.get_help().split("\nabsl.flags:")[0].splitlines()
+    return "\n".join(line for line in lines if line.startswith(" "))
+
+
 def _parse(values: flags.FlagValues, name: str, arguments: list[str]) -> None:
-    _check_recipe(arguments)
-    _check_overrides(arguments)
+    if "config" in values:
+        _check_config(arguments)
     try:
         rest = values([f"{PROGRAM} {name}", *arguments])[1:]
         if rest and "word" in values:
             values["word"].parse(rest.pop(0))
     except flags.Error as error:
         raise UsageError(str(error)) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise InputError(
             "config: an override cannot be read", found=error,
             expected="--config.path=value, with a value of the field's type",
@@ -102,25 +115,58 @@ def _parse(values: flags.FlagValues, name: str, arguments: list[str]) -> None:
         raise UsageError(f"what is {' '.join(rest)!r}? flags are written --name=value")
 
 
-def _check_recipe(arguments: list[str]) -> None:
-    for file in [a.split("=", 1)[1].split(":")[0] for a in arguments if a.startswith("--config=")]:
-        if not Path(file).is_file():
-            near = difflib.get_close_matches(Path(file).stem, [Path(recipe).stem for recipe in _recipes()], n=1)
-            raise InputError(
-                f"unknown recipe {file!r}", found="no such file", expected=f"one of {', '.join(_recipes())}",
-                fix=f"did you mean configs/{near[0]}.py?" if near else "give the path of a recipe",
-            )  # fmt: skip
+def _check_config(arguments: list[str]) -> None:
+    """Raises InputError, where ml_collections would show a traceback, for a wrong recipe or override."""
+    recipe = None
+    for argument, after in itertools.pairwise([*arguments, ""]):
+        if re.match("--?config(=|$)", argument):
+            recipe = _load(argument.partition("=")[2] or after)
+        override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if override and recipe is not None:
+            _check_override(override[1], recipe)
 
 
-def _check_overrides(arguments: list[str]) -> None:
-    """ml_collections names an unknown field, but not the nearest that exists."""
-    known = [*config_module.flatten(config_module.Config())]
-    for argument in arguments:
-        if argument.startswith("--config."):
-            path = argument.split("=", 1)[0].removeprefix("--config.")
-            of_main = re.sub(r"^data\.sources\.[^.]+", "data.sources.main", path)  # a recipe names its own sources
-            if of_main not in known and not path.startswith("model.hf_config."):
-                raise config_module.unknown_key(path, known)
+def _load(recipe: str) -> ml_collections.ConfigDict:
+    """Returns what the `get_config` of a recipe file returns; `recipe` may end in `:` and its argument."""
+    file, *argument = recipe.split(":", 1)
+    if not Path(file).is_file():
+        near = difflib.get_close_matches(Path(file).stem, [Path(recipe).stem for recipe in _recipes()], n=1)
+        raise InputError(
+            f"unknown recipe {file!r}", found="no such file", expected=f"one of {', '.join(_recipes())}",
+            fix=f"did you mean configs/{near[0]}.py?" if near else "give the path of a recipe",
+        )  # fmt: skip
+    try:
+        config = runpy.run_path(file)["get_config"](*argument)
+    except InputError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
+        raise InputError(
+            f"{file}:{line}: the recipe cannot be run", found=f"{type(error).__name__}: {error}",
+            expected="a file whose get_config() returns the recipe", fix="correct that line; --debug shows more",
+        ) from error  # fmt: skip
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(
+            f"{file}: get_config() returns no recipe", found=type(config).__name__,
+            expected="depthlm_jax.config.default_config(), changed", fix="end get_config() with: return config",
+        )  # fmt: skip
+    return config
+
+
+def _check_override(path: str, recipe: ml_collections.ConfigDict) -> None:
+    field = re.sub(r"(\[[^]]*])+$", "", path)  # an item of a list
+    known = list(_fields(recipe, ""))
+    if field not in known:
+        raise config_module.unknown_key(field, known)
+
+
+def _fields(section: ml_collections.ConfigDict, path: str) -> Iterator[str]:
+    for name, value in section.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _fields(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}"
 
 
 def _recipes() -> list[str]:

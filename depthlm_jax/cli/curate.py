@@ -1,21 +1,27 @@
 """curate: a data set → records on disk."""
 
+import os
 import re
+from pathlib import Path
 
 from absl import flags
+from etils import epath
 
-from depthlm_jax import log
+from depthlm_jax import files, log
 from depthlm_jax.cli import command
 from depthlm_jax.config import Source
 from depthlm_jax.data import depth_record, records, synthetic, writer
+from depthlm_jax.data import index as data_index
+from depthlm_jax.errors import InputError
 
 VERSION = "1.0.0"
 RECORDS_A_SHARD = 10_000
+OPTIONS = ("image_root", "depth_kind", "fov_degrees", "focal_px", "shards")  # that change what a .jsonl becomes
 
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("dataset", "synthetic", sorted(DATASETS), "which data set", flag_values=values)
-    command.define_path(values, "output", "folder for the records; a complete data set there is kept")
+    command.define_path(values, "output", "folder for the records; a complete data set of the same is kept")
     flags.DEFINE_integer("train", 3000, "synthetic: training scenes", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("validation", 300, "synthetic: validation scenes", lower_bound=1, flag_values=values)
     command.define_path(values, "input", "jsonl: the .jsonl file; local, or gs://… and the like")
@@ -58,8 +64,47 @@ def _jsonl(values: flags.FlagValues) -> dict:
     source = Source(
         path=values.input, image_root=values.image_root, depth_kind=values.depth_kind, fov_degrees=values.fov_degrees
     )
-    opened = records.open_source(source, log.Progress("index"))
+    opened = records.open_source(source, log.Progress("index"), field="--input")
     name = re.sub(r"\W+", "_", values.input.rsplit("/", 1)[-1].removesuffix(".jsonl"), flags=re.ASCII).lower()
+    folder, made_of = output / name / VERSION, _made_of(values)
+    if (folder / "dataset_info.json").is_file():
+        left_out = _check_same(folder, made_of)
+        log.say(f"kept: {folder}, made of the same input with the same options")
+    else:
+        left_out = _convert(opened, folder, name, values)
+        files.write_json(folder / writer.MADE_OF, made_of | {"left_out": left_out})
+    log.say(f"{left_out} of {len(opened)} records left out")
+    return {"path": str(folder), "left_out": left_out}
+
+
+def _made_of(values: flags.FlagValues) -> dict:
+    """Returns what decides the content of a data set made of a .jsonl; image files are not looked at."""
+    path = epath.Path(values.input)
+    place = os.path.abspath(path) if data_index.is_local(path) else values.input
+    options = {name: values[name].value for name in OPTIONS}
+    return {"input": place, **options, "input_content": data_index.stamp_of(path)}
+
+
+def _check_same(folder: Path, made_of: dict) -> int:
+    """Returns how many records were left out of a complete data set; raises InputError if it is of something else."""
+    file, fix = folder / writer.MADE_OF, "give another --output"
+    if not file.is_file():
+        raise InputError(
+            f"{folder}: there is a data set already", found=f"no {file.name}, so nobody knows what it was made of",
+            expected="nothing there, or a data set of this command", fix=fix,
+        )  # fmt: skip
+    stored = files.read_json(file, fix)
+    changed = [name for name in made_of if stored.get(name) != made_of[name]]
+    if changed:
+        raise InputError(
+            f"{folder}: was made with {', '.join(f'{name}={stored.get(name)!r}' for name in changed)}",
+            found="a complete data set", expected=", ".join(f"{name}={made_of[name]!r}" for name in changed), fix=fix,
+        )  # fmt: skip
+    return stored.get("left_out", 0)
+
+
+def _convert(opened: records.Records, folder: Path, name: str, values: flags.FlagValues) -> int:
+    """Returns how many records had to be left out."""
     shards = values.shards or max(values.workers, -(-len(opened) // RECORDS_A_SHARD))
     bad = []
 
@@ -68,12 +113,10 @@ def _jsonl(values: flags.FlagValues) -> dict:
         log.say(f"left out: {reason}")
 
     splits = {"train": (len(opened), writer.RecordExamples(opened, values.focal_px))}
-    folder = writer.write(
-        output / name / VERSION, name, splits, shards, values.workers, log.Progress("records"),
-        values.max_bad_records, leave_out,
-    )  # fmt: skip
-    log.say(f"{len(bad)} of {len(opened)} records left out")
-    return {"path": str(folder), "left_out": len(bad)}
+    writer.write(
+        folder, name, splits, shards, values.workers, log.Progress("records"), values.max_bad_records, leave_out
+    )
+    return len(bad)
 
 
 DATASETS = {"synthetic": _synthetic, "jsonl": _jsonl}

@@ -45,7 +45,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> dict:
     config, output = command.read_config(values), command.read_path(values, "output")
     check_name(output)
-    sources = pipeline.open_sources(config)
+    sources = pipeline.open_sources(config, log.Progress("index"))
     with tempfile.TemporaryDirectory() as folder:
         runs.write_base(config, Path(folder))
         processor = registry.family(config.model.family).processor(Path(folder))
@@ -137,7 +137,7 @@ def make(maker: pipeline.SampleMaker, slots: list[plan.Slot]) -> tuple[list[page
         made = maker(slot)
         if isinstance(made, pipeline.Dropped):
             dropped.append(made)
-            log.say(f"no sample of {made.record_id}: {made.reason}")
+            log.say(f"no sample: {made.reason if made.bad else f'{made.record_id}: {made.reason}'}")
         else:
             samples.append(page.Made(slot.source, *made))
     return samples, dropped

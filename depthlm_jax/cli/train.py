@@ -2,11 +2,14 @@
 
 import jax
 from absl import flags
+from jax.experimental import multihost_utils
 
+from depthlm_jax import config as config_module
 from depthlm_jax import log, tree
 from depthlm_jax import run as runs
 from depthlm_jax.cli import command
 from depthlm_jax.data import pipeline
+from depthlm_jax.data.records import Records
 from depthlm_jax.eval import report
 from depthlm_jax.train import loop
 
@@ -21,7 +24,8 @@ def run(values: flags.FlagValues) -> dict:
     config, workdir = command.read_config(values), command.read_path(values, "workdir")
     if values.distributed:
         jax.distributed.initialize()
-    sources = pipeline.open_sources(config)
+    sources = _open_in_turn(config)
+    runs.check_same_data(sources)
     this = runs.open_run(config, workdir)
     batches = pipeline.training_batches(sources, this.processor, config, jax.process_index(), jax.process_count())
     log.say(
@@ -36,3 +40,13 @@ def run(values: flags.FlagValues) -> dict:
         report.loss_curve(log.Journal(workdir).read(), workdir / "loss.png")
         log.say(f"loss curve: {workdir / 'loss.png'}")
     return {"step": int(state.step), "workdir": str(workdir)}
+
+
+def _open_in_turn(config: config_module.Config) -> dict[str, Records]:
+    """Returns the sources; process 0 opens them first, and writes the indexes that the others find."""
+    sources = {}
+    for turn in (0, 1):
+        if min(jax.process_index(), 1) == turn:
+            sources = pipeline.open_sources(config, log.Progress("index") if turn == 0 else None)
+        multihost_utils.sync_global_devices(f"sources {turn}")
+    return sources

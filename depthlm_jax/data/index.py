@@ -15,6 +15,7 @@ import math
 import os
 import re
 import struct
+import tempfile
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,9 +70,8 @@ def focal_from_fov(width: int, fov_degrees: float) -> float:
 
 def is_unknown(intrinsics: object) -> bool:
     """Returns whether a record leaves its camera open: no intrinsics, or both focal lengths 0."""
-    return intrinsics is None or (
-        isinstance(intrinsics, (list, np.ndarray)) and len(intrinsics) in (4, 6) and list(intrinsics[:2]) == [0, 0]
-    )
+    numbers = intrinsics.tolist() if isinstance(intrinsics, np.ndarray) else intrinsics
+    return numbers is None or (isinstance(numbers, list) and len(numbers) in (4, 6) and numbers[:2] == [0, 0])
 
 
 def upright_size(file: BinaryIO) -> tuple[int, int]:
@@ -91,8 +91,8 @@ def collect(
     open_image: Callable[[object], BinaryIO],
     fov_degrees: float,
     progress: Callable[[int], None],
-) -> np.ndarray:
-    """Returns the index of the records, in their order.
+) -> tuple[np.ndarray, bool]:
+    """Returns the index of the records, in their order, and whether every image that had to be opened could be.
 
     Args:
       batches: of all records.
@@ -100,31 +100,62 @@ def collect(
       fov_degrees: horizontal field of view where the focal length is unknown; 0: it stays NaN.
       progress: called with the number of rows made.
     """
-    index = bytearray()
+    index, complete = bytearray(), True
     with concurrent.futures.ThreadPoolExecutor(HEADER_THREADS) as pool:
         for rows, todo in batches:
             sizes = {place: _declared_size(entry.intrinsics) for place, entry in todo.items()}
             unsized = [place for place, size in sizes.items() if size == (0, 0)]
             read = pool.map(functools.partial(_size_or_0, open_image), [todo[place].image for place in unsized])
-            sizes |= dict(zip(unsized, read, strict=True))
+            found = dict(zip(unsized, read, strict=True))
+            complete &= None not in found.values()
+            sizes |= {place: size or (0, 0) for place, size in found.items()}
             for place, entry in todo.items():
                 rows[place] = _row(entry, sizes[place], fov_degrees)
             index += rows.data
             progress(len(index) // ROW.itemsize)
-    return np.frombuffer(index, ROW)
+    return np.frombuffer(index, ROW), complete
 
 
-def cached(file: epath.Path, stamp: dict, build: Callable[[], np.ndarray]) -> np.ndarray:
-    """Returns the index in a cache file, mapped if it is local; builds and stores it where the stamp does not fit.
+def row_of(entry: Entry, open_image: Callable[[object], BinaryIO], fov_degrees: float) -> np.ndarray:
+    """Returns the row of one record, as `collect` makes it: a scalar of ROW."""
+    size = _declared_size(entry.intrinsics)
+    if size == (0, 0):
+        size = _size_or_0(open_image, entry.image) or (0, 0)
+    return np.array(_row(entry, size, fov_degrees), ROW)
 
-    A folder that cannot be written leaves the index in memory.
+
+def cached(file: epath.Path, stamp: dict, build: Callable[[], tuple[np.ndarray, bool]]) -> np.ndarray:
+    """Returns the index in a cache file, mapped; builds and stores it where there is none whose stamp fits.
+
+    What lies in a folder that is remote, or cannot be written, has a copy among this user's temporary files, which all
+    processes of the host share. An index for which an image was out of reach is not stored: it may be there next time.
     """
-    rows = _load(file, stamp)
+    copy = _temporary_copy(file, stamp)
+    places = (file, copy) if is_local(file) else (copy, file)
+    rows = next((found for place in places if (found := _load(place, stamp)) is not None), None)
     if rows is None:
-        rows = build()
-        if len(rows) and _store(file, stamp, rows):
-            rows = _load(file, stamp)
+        rows, complete = build()
+        if not (complete and len(rows)):
+            return rows
+        if store(file, stamp, rows) and is_local(file):
+            return _load(file, stamp)
+    if not isinstance(rows, np.memmap) and store(copy, stamp, rows):
+        rows = _load(copy, stamp)
     return rows
+
+
+def file_name(stem: str, options: dict) -> str:
+    """Returns the name of a cache file; options that are not empty give it a name of its own."""
+    told = {name: value for name, value in options.items() if value}
+    return f"{stem}.{_digest(told).hex()[:8]}.index" if told else f"{stem}.index"
+
+
+def _temporary_copy(file: epath.Path, stamp: dict) -> epath.Path:
+    folder = epath.Path(tempfile.gettempdir()) / f"depthlm_jax_{os.getuid()}"
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    place = os.path.abspath(file) if is_local(file) else os.fspath(file)
+    return folder / f"{_digest(stamp | {'place': place}).hex()[:32]}.index"
 
 
 def stamp_of(file: epath.Path) -> dict:
@@ -260,8 +291,15 @@ def _declared_size(intrinsics: object) -> tuple[int, int]:
     return 0, 0
 
 
-def _size_or_0(open_image: Callable[[object], BinaryIO], image: object) -> tuple[int, int]:
-    with contextlib.suppress(Exception), open_image(image) as file:  # Pillow raises nearly every kind
+def _size_or_0(open_image: Callable[[object], BinaryIO], image: object) -> tuple[int, int] | None:
+    """Returns the upright size; (0, 0) of what is no image, None of what cannot be reached."""
+    try:
+        file = open_image(image)
+    except ValueError:
+        return 0, 0
+    except Exception:  # noqa: BLE001 remote file systems raise many kinds
+        return None
+    with contextlib.suppress(Exception), file:  # Pillow raises nearly every kind
         return upright_size(file)
     return 0, 0
 
@@ -301,8 +339,8 @@ def _load(file: epath.Path, stamp: dict) -> np.ndarray | None:
         return None
 
 
-def _store(file: epath.Path, stamp: dict, rows: np.ndarray) -> bool:
-    """Returns whether the cache file could be written, whole or not at all."""
+def store(file: epath.Path, stamp: dict, rows: np.ndarray) -> bool:
+    """Writes rows of ROW as a cache file, whole or not at all; returns whether it could be written."""
     unfinished = file.parent / f"{file.name}.{uuid.uuid4().hex[:8]}.unfinished"
     try:
         with unfinished.open("wb") as out:

@@ -4,6 +4,7 @@ Step s of a run trains on the rows that the plan gives it, whatever the number o
 each makes the rows that are its own, and nothing but the plan's position has to be kept to go on.
 """
 
+import collections
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from depthlm_jax.data import official, packing, plan, reference, tasks, transfor
 from depthlm_jax.data.records import Records, open_source
 from depthlm_jax.errors import InputError
 
-APART_M = 0.05  # between two points: two decimals have to tell their distance
+APART_M = 0.05  # between two points, or two cameras in evaluation: two decimals have to tell their distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class About:
     """What rows were made of."""
 
     record_ids: tuple[str, ...]
+    sources: dict[str, int]  # samples of each
     dropped: tuple[Dropped, ...]
     used: tuple[int, int, int]  # tokens, patch slots and supervised positions that hold something
     position: plan.Position  # of the plan after the step
@@ -47,14 +49,18 @@ class Rows:
     about: About
 
 
-def open_sources(config: config_module.Config) -> dict[str, Records]:
+def open_sources(config: config_module.Config, progress: Callable | None = None) -> dict[str, Records]:
     """Returns the records of each training source whose weight is above 0.
+
+    Args:
+      config: of the run.
+      progress: called with records done and in all while an index is built.
 
     Raises:
       InputError: nothing there, or no weight.
     """
     on = {name: source for name, source in config.data.sources.items() if source.weight > 0}
-    return {name: open_source(source) for name, source in on.items()}
+    return {name: open_source(source, progress, f"data.sources.{name}") for name, source in on.items()}
 
 
 def limits_of(processor) -> transforms.Limits:
@@ -72,10 +78,28 @@ class SampleMaker:
 
     def __call__(self, slot: plan.Slot) -> "tuple[transforms.Example, batch_contract.Sample] | Dropped":
         try:
+            self.check_fits(slot)
             example = self.example(slot)
             return example if isinstance(example, Dropped) else (example, self.encode(example, slot))
-        except InputError as error:
-            return Dropped(f"{slot.source}, record {slot.record}", str(error), bad=True)
+        except InputError as error:  # its text begins with the id of the record at fault
+            return Dropped(str(error).split(": ")[0], str(error), bad=True)
+
+    def check_fits(self, slot: plan.Slot) -> None:
+        """Raises InputError if no row can hold the slot's sample."""
+        if slot.too_large is not None:
+            data = self.config.data
+            limits = data.max_tokens, data.max_patches, data.max_answer_tokens
+            over = [
+                (field, size, limit)
+                for field, size, limit in zip(packing.LIMITS.values(), slot.too_large, limits, strict=True)
+                if size > limit
+            ]
+            raise InputError(
+                f"{self.sources[slot.source][slot.record].record_id}: the sample does not fit into a row",
+                found=", ".join(f"{size} for {field}={limit}" for field, size, limit in over),
+                expected="whole samples", fix=f"raise --config.{over[0][0]}, lower the crop sizes or "
+                "data.reference.questions, or correct the record's intrinsics",
+            )  # fmt: skip
 
     def example(self, slot: plan.Slot) -> "transforms.Example | Dropped":
         """Returns questions about randomly drawn usable points of the slot's record.
@@ -129,27 +153,32 @@ def choose_points(
     if needed == 0:
         return [()]
     if needed == 1 and data.geometry.mode == "official" and len(usable):
-        drawn = rng.integers(len(seen.usable), size=wanted)
-        return [(official.official_training_point(int(one), seen.usable),) for one in drawn]
-    drawn = rng.permutation(usable)
-    return groups_of(seen, drawn, needed, data.reference)[:wanted]
+        random = rng.integers(len(seen.usable), size=wanted)
+        drawn = np.array([official.official_training_point(int(one), seen.usable) for one in random])
+    else:
+        drawn = rng.permutation(usable)
+    if wanted > 1:  # two points may share a pixel, but one question has one answer
+        drawn = drawn[np.sort(np.unique(seen.pixels[drawn], axis=0, return_index=True)[1])]
+    return groups_of(seen, drawn, needed, data.reference, wanted)
 
 
 def groups_of(
-    seen: transforms.Look, drawn: np.ndarray, needed: int, settings: config_module.Reference
+    seen: transforms.Look, drawn: np.ndarray, needed: int, settings: config_module.Reference, wanted: int
 ) -> list[tuple[int, ...]]:
-    """Returns each drawn point, or each with the next one that is another one in the picture and in space."""
+    """Returns up to `wanted` drawn points, or each with the next one that differs in the picture and in space."""
     if needed == 1:
-        return [(int(point),) for point in drawn]
-    pairs = []
+        return [(int(point),) for point in drawn[:wanted]]
+    pairs: dict[tuple[int, ...], None] = {}  # no pair twice
     for place, point in enumerate(drawn):
+        if len(pairs) == wanted:
+            break
         others = np.roll(drawn, -place)[1:]
         apart = reference.separate(settings.mode, settings.scale, seen.pixels[point], seen.pixels[others])
         apart &= np.linalg.norm(seen.points_m[others] - seen.points_m[point], axis=1) >= APART_M
         if apart.any():
             both = int(point), int(others[apart.argmax()])
-            pairs.append(tuple(sorted(both, key=lambda one: int(seen.pixels[one, 0]))))  # left to right, as markers are
-    return pairs
+            pairs[tuple(sorted(both, key=lambda one: (*seen.pixels[one], one)))] = None  # left to right, as markers are
+    return list(pairs)
 
 
 class HostRows:
@@ -165,8 +194,8 @@ class HostRows:
         self.local, self.host, self.first_step = config.data.global_batch_rows // hosts, host, position.step
         self.shape = row_shape(config.data, processor.config)
         planner = plan.Planner(self.sources, processor, config, self.shape, position)
-        ahead = config.data.prefetch_rows + config.data.read_threads + 2  # rows, and so at most steps
-        self.plans = plan.StepPlans(planner, ahead * max(1, config.data.workers))
+        ahead = (config.data.prefetch_rows + config.data.read_threads) * max(1, config.data.workers)  # rows
+        self.plans = plan.StepPlans(planner, ahead // self.local + 2)
 
     def __reduce__(self):
         return HostRows, (None, *self.state)
@@ -177,14 +206,17 @@ class HostRows:
     def __getitem__(self, index: int) -> dict:
         step, row = divmod(index, self.local)
         rows, position = self.plans[self.first_step + step]
-        made = [self.maker(slot) for slot in rows[self.host * self.local + row]]
+        planned = rows[self.host * self.local + row]
+        made = [self.maker(slot) for slot in planned]
         kept = [item for item in made if not isinstance(item, Dropped)]
         names = tuple(example.record_id for example, _ in kept)
         samples = [sample for _, sample in kept]
         arrays = packing.pack(samples, self.shape, self.maker.processor.config.patches_per_merged, names)
         used = np.sum([packing.size_of(sample) for sample in samples], axis=0) if samples else (0, 0, 0)
         dropped = tuple(item for item in made if isinstance(item, Dropped))
-        return {"arrays": arrays, "about": About(names, dropped, tuple(int(n) for n in used), position)}
+        slots = [slot for slot, item in zip(planned, made, strict=True) if not isinstance(item, Dropped)]
+        sources = dict(collections.Counter(slot.source for slot in slots))
+        return {"arrays": arrays, "about": About(names, sources, dropped, tuple(int(n) for n in used), position)}
 
 
 class Batches:
@@ -210,11 +242,11 @@ class Batches:
     def set_state(self, state: dict) -> None:
         self.close()
         self.position = plan.position_of(state)
-        reading = grain.ReadOptions(num_threads=self.data.read_threads, prefetch_buffer_size=self.data.prefetch_rows)
+        buffer = -(-self.data.prefetch_rows // max(1, self.data.workers))
+        reading = grain.ReadOptions(num_threads=self.data.read_threads, prefetch_buffer_size=buffer)
         rows = grain.MapDataset.source(self.make_rows(self.position)).to_iter_dataset(reading)
         if self.data.workers:
-            buffer = -(-self.data.prefetch_rows // self.data.workers)
-            rows = rows.mp_prefetch(grain.MultiprocessingOptions(self.data.workers, buffer))
+            rows = rows.mp_prefetch(grain.MultiprocessingOptions(self.data.workers, max(1, buffer)))
         self.reader = iter(rows.batch(self.local, batch_fn=join_rows))
 
     def close(self) -> None:
@@ -264,6 +296,7 @@ def join_rows(rows: Sequence[dict]) -> Rows:
     abouts = [row["about"] for row in rows]
     about = About(
         tuple(name for one in abouts for name in one.record_ids),
+        dict(sum((collections.Counter(one.sources) for one in abouts), collections.Counter())),
         tuple(drop for one in abouts for drop in one.dropped),
         tuple(sum(numbers) for numbers in zip(*(one.used for one in abouts), strict=True)),
         abouts[-1].position,
@@ -298,9 +331,10 @@ def evaluation_questions(records: Records, processor, config: config_module.Conf
             partner = plan.partner_of(records.index["scene"], order[place], 0.5)
             looks += [transforms.look(records[partner], data, limits)] if partner >= 0 else []
             paired = len(looks) == 2 and all(seen.centre_m is not None for seen in looks)
-            points = [()] if paired and wanted else []
+            moved = paired and np.linalg.norm(looks[1].centre_m - looks[0].centre_m) >= APART_M
+            points = [()] if moved and wanted else []
         else:
-            points = groups_of(looks[0], drawn, task.points, data.reference)[:wanted]
+            points = groups_of(looks[0], drawn, task.points, data.reference, wanted)
         chances = np.random.default_rng((settings.seed, order[place], 1)).random(len(points)).tolist()
         examples = tuple(
             transforms.example(looks, settings.task, [chosen], data, limits, [chance])

@@ -36,6 +36,7 @@ class Slot:
     task: str
     chance: camera.Chance
     size: tuple[int, int, int]  # tokens, patch slots, supervised positions: upper bounds
+    too_large: tuple[int, int, int] | None = None  # its size, if no row can hold it: it will be dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,21 +71,26 @@ class SourcePlan:
         draws_N = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK)
         records_N = order.shuffled(draws_N, len(self.index), self.key)
         chance_NK = np.random.default_rng((*self.key, chunk)).random((CHUNK, NUMBERS))
-        task_N = np.searchsorted(self.sizer.task_limits, chance_NK[:, 0], side="right")
-        size_N3 = self._image_sizes(records_N, chance_NK) + self.sizer.text_T3[task_N]
-        partner_N = np.full(CHUNK, -1)
+        task_N = self.sizer.draw_tasks(chance_NK[:, 0])
+        partner_N, image_N3 = np.full(CHUNK, -1), self._image_sizes(records_N, chance_NK)
         for place in np.flatnonzero(self.sizer.pairs_T[task_N]):
             partner = partner_of(self.index["scene"], int(records_N[place]), chance_NK[place, -1])
             if partner >= 0:
                 partner_N[place] = partner
-                size_N3[place] += self._image_sizes(np.array([partner]), chance_NK[place : place + 1])[0]
+                image_N3[place] += self._image_sizes(np.array([partner]), chance_NK[place : place + 1])[0]
+        alone_N = self.sizer.pairs_T[task_N] & (partner_N < 0)  # these are asked something else, if there is anything
+        task_N[alone_N] = self.sizer.draw_tasks(chance_NK[alone_N, -1], pairs=False)
+        size_N3 = image_N3 + self.sizer.text_T3[task_N]
+        fits_N = (size_N3 <= self.sizer.capacity_3).all(axis=1)
+        planned_N3 = np.where(fits_N[:, None], size_N3, self.sizer.smallest_T3[task_N])
         return [
             Slot(
-                self.name, int(draw), int(record), int(partner), self.sizer.tasks[task], camera.Chance(*numbers[1:-1]),
-                tuple(size),
+                self.name, draw, record, partner, self.sizer.tasks[task], camera.Chance(*numbers[1:-1]), tuple(size),
+                None if fits else tuple(real),
             )
-            for draw, record, partner, task, numbers, size in zip(
-                draws_N, records_N, partner_N, task_N, chance_NK.tolist(), size_N3.tolist(), strict=True
+            for draw, record, partner, task, numbers, size, fits, real in zip(
+                draws_N.tolist(), records_N.tolist(), partner_N.tolist(), task_N, chance_NK.tolist(),
+                planned_N3.tolist(), fits_N, size_N3.tolist(), strict=True,
             )
         ]  # fmt: skip
 
@@ -119,8 +125,9 @@ def partner_of(scene_N: np.ndarray, record: int, chance: float) -> int:
 class Sizer:
     """How many tokens, patch slots and supervised positions a sample has at most."""
 
-    def __init__(self, processor, config: config_module.Config):
+    def __init__(self, processor, config: config_module.Config, shape: batch_contract.RowShape):
         self.processor, self.grid_px = processor, processor.config.grid_px
+        self.capacity_3 = np.array([shape.tokens, shape.patches, shape.answers])
         self.official = config.data.geometry.mode == "official"
         weights = dataclasses.asdict(config.data.tasks)
         self.tasks = [name for name, weight in weights.items() if weight > 0]
@@ -129,10 +136,28 @@ class Sizer:
                 "config: no task", found="every weight in data.tasks is 0", expected="one above 0",
                 fix="set --config.data.tasks.distance=1.0",
             )  # fmt: skip
-        total = np.cumsum([weights[name] for name in self.tasks])
-        self.task_limits = total[:-1] / total[-1]
+        self.weight_T = np.array([weights[name] for name in self.tasks])
         self.pairs_T = np.array([tasks.TASKS[name].images == 2 for name in self.tasks])
         self.text_T3 = np.array([self._text(name, config) for name in self.tasks])
+        cell_3 = np.array([*self.processor.image_size(self.grid_px, self.grid_px), 0])
+        self.smallest_T3 = self.text_T3 + (1 + self.pairs_T)[:, None] * cell_3
+        self._check_smallest()
+
+    def draw_tasks(self, chance_N: np.ndarray, pairs: bool = True) -> np.ndarray:
+        """Returns the number of a task for each chance in [0, 1); without those of two images, if others are left."""
+        weight_T = self.weight_T if pairs or self.pairs_T.all() else self.weight_T * ~self.pairs_T
+        total_T = np.cumsum(weight_T)
+        return np.searchsorted(total_T[:-1] / total_T[-1], chance_N, side="right")
+
+    def _check_smallest(self) -> None:
+        for name, size_3 in zip(self.tasks, self.smallest_T3, strict=True):
+            for field, size, limit in zip(packing.LIMITS.values(), size_3, self.capacity_3, strict=True):
+                if size > limit:
+                    raise InputError(
+                        f"config: a row is too small for a question about the smallest image ({name})",
+                        found=f"{field}={limit}", expected=f"at least {size}, and room for the image",
+                        fix=f"raise --config.{field}, or lower --config.data.reference.questions",
+                    )  # fmt: skip
 
     def _text(self, task: str, config: config_module.Config) -> tuple[int, int, int]:
         data, images = config.data, tasks.TASKS[task].images
@@ -167,38 +192,47 @@ class Planner:
         self, sources: dict[str, Records], processor, config: config_module.Config, shape: batch_contract.RowShape,
         position: Position,
     ):  # fmt: skip
-        sizer = Sizer(processor, config)
-        self.config, self.seed = config, config.train.seed
+        sizer = Sizer(processor, config, shape)
+        self.config, self.seed, self.capacity_3 = config, config.train.seed, sizer.capacity_3
         self.sources = {name: SourcePlan(name, records, sizer, config) for name, records in sources.items()}
-        self.capacity_3 = np.array([shape.tokens, shape.patches, shape.answers])
         sizes = {name: len(records) for name, records in sources.items()}
         self.position = resumed(position, mixture.shares(config.data.sources, sizes, config.data.mixture))
         self.draws = {name: self.position.draws.get(name, 0) for name in sources} | self.position.draws
         self.slot, self.block, self.block_order = self.position.slot, -1, None
-        kept = [(name, draw) for name, draw in self.position.waiting if name in self.sources]  # others were turned off
-        self.waiting = [self.sources[name].slot(draw) for name, draw in kept]
+        waiting = self.position.waiting
+        self.away = tuple(one for one in waiting if one[0] not in self.sources)  # of sources that were turned off
+        self.waiting = [self.sources[name].slot(draw) for name, draw in waiting if name in self.sources]
+        self.size_N3 = np.zeros((WAITING + len(self.waiting), 3), int)  # of the waiting samples, in their order
+        self.size_N3[: len(self.waiting)] = np.array([slot.size for slot in self.waiting]).reshape(-1, 3)
 
     def next_step(self) -> tuple[list[list[Slot]], Position]:
         """Returns the slots of each row of the next step, and the position after it."""
         rows = [self._next_row() for _ in range(self.config.data.global_batch_rows)]
         waiting = tuple((slot.source, slot.draw) for slot in self.waiting)
         self.position = dataclasses.replace(
-            self.position, step=self.position.step + 1, slot=self.slot, draws=dict(self.draws), waiting=waiting
-        )
+            self.position, step=self.position.step + 1, slot=self.slot, draws=dict(self.draws),
+            waiting=waiting + self.away,
+        )  # fmt: skip
         return rows, self.position
 
     def _next_row(self) -> list[Slot]:
         row, free_3 = [], self.capacity_3.copy()
         while True:
-            while len(self.waiting) < WAITING:
-                self.waiting.append(self._draw())
-            size_N3 = np.array([slot.size for slot in self.waiting])
-            picked = packing.pick(size_N3, free_3, self.capacity_3, oldest=not row)
+            self._top_up()
+            picked = packing.pick(self.size_N3[: len(self.waiting)], free_3, self.capacity_3, oldest=not row)
             if not picked:
                 return row
             row += [self.waiting[place] for place in picked]
-            free_3 = free_3 - size_N3[picked].sum(axis=0)
-            self.waiting = [slot for place, slot in enumerate(self.waiting) if place not in picked]
+            free_3 -= self.size_N3[picked].sum(axis=0)
+            for place in sorted(picked, reverse=True):
+                del self.waiting[place]
+                self.size_N3[place:-1] = self.size_N3[place + 1 :]
+
+    def _top_up(self) -> None:
+        while len(self.waiting) < WAITING:
+            slot = self._draw()
+            self.size_N3[len(self.waiting)] = slot.size
+            self.waiting.append(slot)
 
     def _draw(self) -> Slot:
         block, place = divmod(self.slot, mixture.BLOCK)
@@ -208,17 +242,7 @@ class Planner:
         name = list(self.position.shares)[self.block_order[place]]
         slot = self.sources[name].slot(self.draws[name])
         self.slot, self.draws[name] = self.slot + 1, self.draws[name] + 1
-        self._check_fits(slot)
         return slot
-
-    def _check_fits(self, slot: Slot) -> None:
-        for kind, size, limit in zip(packing.LIMITS, slot.size, self.capacity_3, strict=True):
-            if size > limit:
-                raise InputError(
-                    f"a sample does not fit into a row: {slot.source}, record {slot.record}",
-                    found=f"{size} {kind}", expected=f"at most {limit}",
-                    fix=f"raise --config.{packing.LIMITS[kind]}, or lower the crop sizes or data.reference.questions",
-                )  # fmt: skip
 
 
 def resumed(position: Position, shares: dict[str, float]) -> Position:

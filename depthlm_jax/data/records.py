@@ -25,6 +25,7 @@ from depthlm_jax.data.index import Progress
 from depthlm_jax.errors import InputError
 
 INDEX_BATCH = 256  # TFDS records whose images are in memory at a time
+LEVELS_BELOW, MOST_NAMED = 3, 5  # where a wrong path is a folder: how deep data is looked for, and how much is told
 TEXTS = ("depth_kind", "dataset", "scene")
 
 
@@ -35,46 +36,71 @@ class Records(Protocol):
     def index(self) -> np.ndarray:
         """What is known of each record without reading it: (records,) of data.index.ROW."""
 
+    @property
+    def index_file(self) -> str:
+        """Where the index is kept if that can be written; a file that may be removed at any time."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> DepthRecord: ...
 
 
-def open_source(source: Source, progress: Progress | None = None) -> Records:
+def open_source(source: Source, progress: Progress | None = None, field: str = "data.sources.NAME") -> Records:
     """Returns the records of a .jsonl file, or of the folder of a prepared TFDS data set; local or gs://… and the like.
 
     Args:
       source: path, and what holds for records that do not say.
       progress: called with records done and in all while an index is built.
+      field: of the config that holds the source, or the flag that gives its path (`--input`): errors name it.
 
     Raises:
       InputError: no such file, folder or split; no record in it.
     """
-    found = "nothing there"
+    flag = field if field.startswith("--") else f"--config.{field}.path"
+    found = "empty"
     try:
-        path = epath.Path(source.path)
-        if path.suffix == ".jsonl" and path.is_file():
-            found = "jsonl"
-        elif (path / "dataset_info.json").is_file():
-            found = "tfds"
-        elif path.exists():
-            found = "something else"
+        if source.path:
+            found = _kind_of(epath.Path(source.path))
     except Exception as error:  # noqa: BLE001 remote file systems raise many kinds
         found = f"{type(error).__name__}: {error}"
     if found not in READERS:
+        remote = "" if record_index.is_local(source.path) else "; gs:// needs the package gcsfs, s3:// s3fs"
         raise InputError(
             f"no data at source.path {source.path!r}", found=found,
             expected="a .jsonl file, or the folder of a prepared TFDS data set (with dataset_info.json in it)",
-            fix="correct the path of this source, config.data.sources.<name>.path or config.eval.source.path; "
-            "gs:// needs the package gcsfs, s3:// s3fs",
+            fix=f"set {flag}=…{remote}",
         )  # fmt: skip
     records = READERS[found](source, progress)
     if len(records) == 0:
         raise InputError(
             f"{source.path}: no records", found=f"0 records (split {source.split!r})", expected="at least 1",
-            fix="fill the file, or widen the split",
+            fix=f"fill the file, widen the split, or set {flag}=…",
         )  # fmt: skip
     return records
+
+
+def _kind_of(path: epath.Path) -> str:
+    """Returns the name of a reader, or what is there instead."""
+    if path.suffix == ".jsonl" and path.is_file():
+        return "jsonl"
+    if (path / "dataset_info.json").is_file():
+        return "tfds"
+    if not path.exists():
+        return "nothing there"
+    if not path.is_dir():
+        return "a file whose name does not end in .jsonl"
+    below = _data_below(Path(path)) if record_index.is_local(path) else []
+    return f"a folder; below it: {', '.join(below)}" if below else "a folder without dataset_info.json"
+
+
+def _data_below(folder: Path) -> list[str]:
+    """Returns some of what `open_source` would read, on the first level below the folder that has any."""
+    for depth in range(LEVELS_BELOW):
+        parents = "*/" * depth
+        prepared = [file.parent for file in folder.glob(f"{parents}*/dataset_info.json")]
+        if near := [*folder.glob(f"{parents}*.jsonl"), *prepared]:
+            return [os.fspath(path) for path in sorted(near)[:MOST_NAMED]]
+    return []
 
 
 class JsonlRecords:
@@ -115,18 +141,23 @@ class JsonlRecords:
         except Exception as error:  # noqa: BLE001 a null character, a lone surrogate, a remote file system's own kinds
             fail(record_id, f"cannot read image {relative!r}", error, f"a file inside {self._image_root}", fix)
 
-    def _cached_index(self, progress: Progress | None) -> np.ndarray:
-        source, path = self._source, self._path
-        stamp = record_index.stamp_of(path)
-        options = {"fov_degrees": source.fov_degrees, "image_root": source.image_root}
+    @property
+    def index_file(self) -> str:
+        return os.fspath(self._path.parent / record_index.file_name(self._path.name, self._index_options()))
 
-        def build() -> np.ndarray:
-            with path.open("rb") as file:
+    def _index_options(self) -> dict:
+        return {"fov_degrees": self._source.fov_degrees, "image_root": self._source.image_root}
+
+    def _cached_index(self, progress: Progress | None) -> np.ndarray:
+        stamp = record_index.stamp_of(self._path)
+
+        def build() -> tuple[np.ndarray, bool]:
+            with self._path.open("rb") as file:
                 batches = record_index.jsonl_batches(file)
                 report = record_index.with_estimate(progress, file, stamp["size"])
-                return record_index.collect(batches, self._open_image, source.fov_degrees, report)
+                return record_index.collect(batches, self._open_image, self._source.fov_degrees, report)
 
-        return record_index.cached(path.parent / f"{path.name}.index", stamp | options, build)
+        return record_index.cached(epath.Path(self.index_file), stamp | self._index_options(), build)
 
     def _open_image(self, relative: object):
         if not (isinstance(relative, str) and _stays_inside(relative)):
@@ -200,44 +231,63 @@ class TfdsRecords:
     def __reduce__(self):
         return TfdsRecords, (self._source, None, _not_mapped(self._index))
 
-    def _cached_index(self) -> np.ndarray:
-        source, folder = self._source, self._folder
-        stamp = {
-            "data": record_index.stamp_of(folder / "dataset_info.json"),
-            "split": source.split,
-            "fov_degrees": source.fov_degrees,
-        }
+    @property
+    def index_file(self) -> str:
+        return os.fspath(tfds_index_file(self._folder, self._source.split, self._source.fov_degrees))
 
+    def _cached_index(self) -> np.ndarray:
         def report(done: int) -> None:
             if self._progress is not None:
                 self._progress(done, len(self))
 
-        def build() -> np.ndarray:
-            return record_index.collect(self._batches(), io.BytesIO, source.fov_degrees, report)
+        def build() -> tuple[np.ndarray, bool]:
+            return record_index.collect(self._batches(), io.BytesIO, self._source.fov_degrees, report)
 
-        name = re.sub(r"[^A-Za-z0-9]+", "_", source.split)
-        return record_index.cached(folder / f"index-{name}.index", stamp, build)
+        stamp = tfds_stamp(self._folder, self._source.split, self._source.fov_degrees)
+        return record_index.cached(epath.Path(self.index_file), stamp, build)
 
     def _batches(self) -> Iterator[record_index.Batch]:
-        """Yields what the index is made of; labels and images stay undecoded."""
-        known = dict(self._info.features.items())
-        wanted = {name: known[name] for name in ("image", "intrinsics", "scene", "pose") if name in known}
-        features = tfds.features.FeaturesDict(wanted)
+        features = index_features(self._info.features)
         for start in range(0, len(self), INDEX_BATCH):
             places = range(min(INDEX_BATCH, len(self) - start))
-            todo = {place: self._entry(features, start + place) for place in places}
+            todo = {place: index_entry(features, self._serialized(start + place)) for place in places}
             yield record_index.Batch(np.zeros(len(places), record_index.ROW), todo)
 
-    def _entry(self, features: tfds.features.FeaturesDict, index: int) -> record_index.Entry:
+    def _serialized(self, index: int) -> bytes:
         try:
-            row = features.deserialize_example_np(
-                self._rows.data_source[index], decoders={"image": tfds.decode.SkipDecoding()}
-            )
+            return self._rows.data_source[index]
         except Exception:  # noqa: BLE001 told when the record is read
-            row = {}
+            return b""
+
+
+def tfds_index_file(folder: epath.Path, split: str, fov_degrees: float) -> epath.Path:
+    """Returns where the index of a split of a data set is kept."""
+    part = "" if split.isidentifier() else split  # of a slice, the name of the split is not enough
+    stem = "index-" + re.match(r"\w*", split)[0]
+    return folder / record_index.file_name(stem, {"split": part, "fov_degrees": fov_degrees})
+
+
+def tfds_stamp(folder: epath.Path, split: str, fov_degrees: float) -> dict:
+    """Returns what the index of a split was made from."""
+    data = record_index.stamp_of(folder / "dataset_info.json")
+    return {"data": data, "split": split, "fov_degrees": float(fov_degrees)}
+
+
+def index_features(known: tfds.features.FeaturesDict) -> tfds.features.FeaturesDict:
+    """Returns the features that the index is made of."""
+    wanted = ("image", "intrinsics", "scene", "pose")
+    return tfds.features.FeaturesDict({name: known[name] for name in wanted if name in known})
+
+
+def index_entry(features: tfds.features.FeaturesDict, serialized: bytes) -> record_index.Entry:
+    """Returns what the index of a record is made of; labels and image stay undecoded."""
+    try:
+        row = features.deserialize_example_np(serialized, decoders={"image": tfds.decode.SkipDecoding()})
         scene = row.get("scene", b"").decode(errors="replace") if np.any(row.get("pose")) else ""
         intrinsics = row["intrinsics"].tolist() if "intrinsics" in row else None
-        return record_index.Entry(0, 0, intrinsics, scene, row.get("image"))
+    except Exception:  # noqa: BLE001 told when the record is read
+        return record_index.Entry(0, 0, None, "", b"")
+    return record_index.Entry(0, 0, intrinsics, scene, row.get("image"))
 
 
 READERS = {"jsonl": JsonlRecords, "tfds": TfdsRecords}

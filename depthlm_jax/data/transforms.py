@@ -8,6 +8,7 @@ import numpy as np
 from depthlm_jax import config
 from depthlm_jax.data import camera, images, reference, tasks
 from depthlm_jax.data.depth_record import DepthRecord
+from depthlm_jax.errors import InputError
 
 WIDEST_PX = 88888  # no coordinate or focal length has more digits
 
@@ -75,10 +76,7 @@ def look(
     opened = images.open_image(record)
     source = camera.Camera(*record.intrinsics.tolist(), *opened.size)
     view = camera.plan_view(source, data.geometry, limits.grid_px, chance, aspect_jitter)
-    if data.geometry.mode == "corrected":
-        camera.check_pixels(view, limits.min_pixels, limits.max_pixels)
-    else:  # the second resize keeps the model's limits by itself, but needs an image
-        camera.check_pixels(view, 1, images.MAX_IMAGE_PIXELS)
+    _check_view(record.record_id, view, data.geometry, limits)
     pixels, inside = camera.project_points(view, record.pixel_coords)
     fits = reference.fits(data.reference.mode, data.reference.scale, view.camera.width, view.camera.height, pixels)
     given = source, record.pixel_coords, record.depth_m, record.depth_kind
@@ -89,6 +87,24 @@ def look(
         points_m=camera.points_in_camera(source, record.pixel_coords, axis_m),
         centre_m=None if record.pose is None else record.pose[:3, 3],
     )  # fmt: skip
+
+
+def _check_view(record_id: str, view: camera.View, geometry: config.Geometry, limits: Limits) -> None:
+    """Raises InputError for a view that the model does not take, or of an image that would be resized beyond reason."""
+    whole = view.source.width * view.camera.fx / view.source.fx * view.source.height * view.camera.fy / view.source.fy
+    if not 1 <= whole <= images.MAX_IMAGE_PIXELS:
+        raise InputError(
+            f"{record_id}: absurd focal length", found=f"fx={view.source.fx}, fy={view.source.fy} px of an image of "
+            f"{view.source.width}x{view.source.height} px", expected=f"a whole image of 1 to {images.MAX_IMAGE_PIXELS} "
+            f"px at {view.camera.fx:.6g} px focal length", fix="give intrinsics in px of this image",
+        )  # fmt: skip
+    # Official images: the second resize keeps the model's limits by itself, but needs an image.
+    official = geometry.mode == "official"
+    allowed = (1, images.MAX_IMAGE_PIXELS) if official else (limits.min_pixels, limits.max_pixels)
+    try:
+        camera.check_pixels(view, *allowed)
+    except InputError as error:
+        raise error.of(record_id) from None
 
 
 def questions_of(task: str, data: config.Data) -> int:
@@ -120,10 +136,13 @@ def example(
     if data.geometry.mode == "official":
         pictures = [camera.snap_to_grid(picture, *dataclasses.astuple(limits)) for picture in pictures]
     opening, note, ray_first = _frame(data, [seen.camera for seen in looks])
-    asked = [
-        tasks.ask(task, facts(looks, chosen, data, chance), opening, note, ray_first)
-        for chosen, chance in zip(points, chances, strict=True)
-    ]
+    try:
+        asked = [
+            tasks.ask(task, facts(looks, chosen, data, chance), opening, note, ray_first)
+            for chosen, chance in zip(points, chances, strict=True)
+        ]
+    except InputError as error:  # a length that cannot be an answer
+        raise error.of(first.record_id) from None
     questions = tuple(
         Question(task, where, one.question, one.answer, one.truth) for where, one in zip(pixels, asked, strict=True)
     )

@@ -3,7 +3,8 @@
 Features, named as in a JSONL record: image (bytes of the image file, kept), intrinsics (fx, fy, cx, cy, W, H),
 pixel_coords, depth, depth_kind, dataset, pose (zeros: none), scene. Record i of a split is example i.
 
-A data set grows in a folder of its own beside the final one, metadata last, and is moved into place whole.
+A data set grows in a folder of its own beside the final one, and is moved into place whole, with the index of each
+split, so that its first opening takes no time.
 """
 
 import concurrent.futures
@@ -19,15 +20,19 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from PIL import Image
 
 from depthlm_jax import files
+from depthlm_jax.data import index as record_index
+from depthlm_jax.data import records as record_readers
 from depthlm_jax.data.depth_record import DepthRecord, fail, validate
 from depthlm_jax.data.images import decode_image
 from depthlm_jax.data.records import Records
 from depthlm_jax.errors import InputError
 
 FILENAMES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+MADE_OF = "made_of.json"  # in the folder, if whoever writes the data set keeps one
 POLL_SECONDS = 0.5
 JPEG_QUALITY = 95
 MAX_POSE_ERROR_M = 1e-3  # of storing a pose as float32
@@ -47,6 +52,7 @@ class Written:
     length: int
     num_bytes: int
     bad: tuple[str, ...]  # why an index gave no record
+    index: np.ndarray  # (length,) of data.index.ROW
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -178,6 +184,7 @@ def write(
         tally = _Tally(name, sum(count for count, _ in splits.values()), max_bad_records, progress, on_bad)
         done = (_write_in_processes if workers > 1 else _write_here)(plan, splits, tally, workers, unfinished)
         _write_metadata(unfinished, folder.name, plan, done)
+        _write_index(epath.Path(unfinished), plan, done)
         _move(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -186,7 +193,7 @@ def write(
 
 def _clear(folder: Path, name: str) -> None:
     """Removes what is left of a data set without metadata; never anything else."""
-    known = (f"{name}-*.array_record-*", "*.labels.txt", "features.json", "index-*.index")
+    known = (f"{name}-*.array_record-*", "*.labels.txt", "features.json", "index-*.index", MADE_OF)
     strangers = [file.name for file in folder.glob("*") if not any(file.match(pattern) for pattern in known)]
     if strangers:
         raise InputError(
@@ -295,7 +302,8 @@ def _write_counted(shard: Shard, example_of: ExampleOf, max_bad: int, counter: P
 
 def _write_shard(shard: Shard, example_of: ExampleOf, max_bad: int, tick: Callable[[], bool]) -> Written:
     """Writes a shard, as far as `tick` does not say stop and not more than `max_bad` examples are missing."""
-    layout, length, num_bytes, bad = features(), 0, 0, []
+    layout, num_bytes, bad, index_rows = features(), 0, [], bytearray()
+    indexed = record_readers.index_features(layout)
     unfinished = shard.file.with_name(f"{shard.file.name}.unfinished")
     writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")  # one record a group: random access
     try:
@@ -307,13 +315,16 @@ def _write_shard(shard: Shard, example_of: ExampleOf, max_bad: int, tick: Callab
             else:
                 record = layout.serialize_example(layout.encode_example(example))
                 writer.write(record)
-                length, num_bytes = length + 1, num_bytes + len(record)
+                num_bytes += len(record)
+                entry = record_readers.index_entry(indexed, record)
+                index_rows += record_index.row_of(entry, io.BytesIO, 0).tobytes()
             if tick() or len(bad) > max_bad:
                 break
     finally:
         writer.close()
     unfinished.replace(shard.file)
-    return Written(length, num_bytes, tuple(bad))
+    rows = np.frombuffer(index_rows, record_index.ROW)
+    return Written(len(rows), num_bytes, tuple(bad), rows)
 
 
 def _write_metadata(folder: Path, version: str, plan: list[Shard], done: dict[int, Written]) -> None:
@@ -343,6 +354,13 @@ def _write_metadata(folder: Path, version: str, plan: list[Shard], done: dict[in
         check_data=False,
         description="Images with metric depth at some of their pixels.",
     )
+
+
+def _write_index(folder: epath.Path, plan: list[Shard], done: dict[int, Written]) -> None:
+    for split in dict.fromkeys(shard.split for shard in plan):
+        rows = np.concatenate([done[shard.number].index for shard in plan if shard.split == split])
+        file = record_readers.tfds_index_file(folder, split, fov_degrees=0)
+        record_index.store(file, record_readers.tfds_stamp(folder, split, fov_degrees=0), rows)
 
 
 def _move(unfinished: Path, folder: Path) -> None:

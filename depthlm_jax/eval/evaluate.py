@@ -101,7 +101,9 @@ def _groups(run: Run, result: Result) -> Iterator[list[Example]]:
     """Yields the questions in groups of eval.batch_rows, the last may be smaller; `result` counts the rest."""
     waiting: list[Example] = []
     rows = run.config.eval.batch_rows
-    for questions in pipeline.evaluation_questions(open_source(run.config.eval.source), run.processor, run.config):
+    for questions in pipeline.evaluation_questions(
+        open_source(run.config.eval.source, field="eval.source"), run.processor, run.config
+    ):
         result.excluded_points += questions.excluded
         result.questions_not_asked += questions.short
         waiting += questions.examples

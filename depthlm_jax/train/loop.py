@@ -76,7 +76,7 @@ def run(
     """
     checkpoints = checkpoint.Checkpoints(workdir)
     state = _resume(trainer, config, checkpoints, batches, first_parameters)
-    meter = Meter(config, log.Journal(workdir), int(state.step), batches.get_state()["draws"])
+    meter = Meter(config, log.Journal(workdir), int(state.step))
     try:
         first, last = int(state.step) + 1, config.train.max_steps
         upcoming = _load(batches, trainer.mesh) if first <= last else None
@@ -122,14 +122,13 @@ def _resume(
 class Meter:
     """Metrics of a step are fetched after the next step was dispatched, so that the device never waits."""
 
-    def __init__(
-        self, config: config_module.Config, journal: log.Journal, first_step: int, draws: dict[str, int]
-    ):  # fmt: skip
+    def __init__(self, config: config_module.Config, journal: log.Journal, first_step: int):
         self.config, self.journal, self.first_step = config, journal, first_step
         self.schedule = optim.make_schedule(config.optim, config.train.max_steps)
         self.pending: tuple[int, dict, object] | None = None
-        self.samples, self.empty, self.steps, self.used = 0, 0, 0, (0, 0)
-        self.draws, self.draws_told = draws, draws  # samples that each source has given; when the last line was written
+        self.samples, self.steps, self.used = 0, 0, (0, 0)
+        self.dropped = collections.Counter()  # samples that were not made though their record is sound, by the reason
+        self.sources = collections.Counter()  # samples of each source since the last line
         self.bad: dict[str, str] = {}  # what is wrong, by record: the same one is met again in the next epoch
         self.start = self.since = time.monotonic()
 
@@ -144,8 +143,15 @@ class Meter:
             return
         (number, metrics, about), self.pending = self.pending, None
         self.samples += len(about.record_ids) * jax.process_count()
-        self.steps, self.draws = self.steps + 1, about.position.draws
+        self.steps += 1
+        self.sources.update(about.sources)
         self.used = tuple(sum(pair) for pair in zip(self.used, about.used, strict=False))
+        if not metrics["num_tokens"]:
+            raise InputError(
+                f"step {number}: no sample at all", found=dict(self.dropped.most_common(3)),
+                expected="records that the tasks of the config can be asked about",
+                fix="give other sources, data.tasks or crops; preview shows what is dropped and why",
+            )  # fmt: skip
         if not math.isfinite(metrics["loss"]):
             raise InputError(
                 f"step {number}: the loss is not a number", found=f"loss {metrics['loss']}, gradient norm "
@@ -161,7 +167,7 @@ class Meter:
         now, last = time.monotonic(), self.config.train.max_steps
         values["learning_rate"] = float(self.schedule(number - 1))
         values["samples_per_second"] = self.samples / (now - self.since)
-        values["samples_without_point"] = self.empty
+        values["samples_dropped"] = self.dropped.total()
         values |= self._data_values()
         self.samples, self.since = 0, now
         if jax.process_index() == 0:
@@ -180,24 +186,25 @@ class Meter:
         limits = data.max_tokens, data.max_patches
         filled = (used / slots / limit for used, limit in zip(self.used, limits, strict=True))
         values = dict(zip(("filled_tokens", "filled_patches"), filled, strict=True))
-        drawn = {name: count - self.draws_told.get(name, 0) for name, count in self.draws.items()}
-        total = max(1, sum(drawn.values()))
-        self.steps, self.used, self.draws_told = 0, (0, 0), self.draws
-        return values | {f"share/{name}": count / total for name, count in drawn.items()}
+        total = max(1, self.sources.total())
+        on = sorted(name for name, source in data.sources.items() if source.weight > 0)
+        values |= {f"share/{name}": self.sources[name] / total for name in on}
+        self.steps, self.used, self.sources = 0, (0, 0), collections.Counter()
+        return values
 
     def count_dropped(self, dropped) -> None:
         """Logs the records that gave no sample; raises InputError beyond data.max_bad_records unreadable ones."""
         limit = self.config.data.max_bad_records
-        self.empty += sum(not drop.bad for drop in dropped)
+        self.dropped.update(drop.reason for drop in dropped if not drop.bad)
         for drop in dropped:
             if not drop.bad or drop.record_id in self.bad:
                 continue
             self.bad[drop.record_id] = drop.reason.splitlines()[0].rpartition(": ")[2]
-            log.say(f"skipped {drop.record_id}, the bad one number {len(self.bad)}: {drop.reason}")
+            log.say(f"skipped bad record number {len(self.bad)}: {drop.reason}")
             if len(self.bad) > limit:
                 kinds = collections.Counter(self.bad.values()).most_common()
                 raise InputError(
-                    f"{len(self.bad)} bad records, the last is {drop.record_id}: {drop.reason}",
+                    f"{len(self.bad)} bad records, the last one is {drop.reason.splitlines()[0]}",
                     found=", ".join(f"{count} × {kind}" for kind, count in kinds),
                     expected=f"at most data.max_bad_records={limit}",
                     fix="correct the records, or allow that many with --config.data.max_bad_records",

@@ -1,7 +1,9 @@
+import dataclasses
 import io
 import json
 import os
 import pickle
+import tempfile
 import time
 import tracemalloc
 import zlib
@@ -209,16 +211,66 @@ def test_options_that_change_rows_are_part_of_the_stamp(tmp_path):
         np.testing.assert_allclose([row["fx"], row["fy"], row["width"]], [fx, fx, width])
 
 
-def test_a_folder_that_cannot_be_written_leaves_the_index_in_memory(tmp_path):
+def test_a_folder_that_cannot_be_written_leaves_the_index_among_temporary_files(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "data").mkdir()
+    tmp_path = tmp_path / "data"
     source = write(tmp_path, LINE, LINE)
     (tmp_path / "train.jsonl.index").mkdir()  # in the way, also for a user who may write everything
     opened = records.open_source(source)
-    assert not isinstance(opened.index, np.memmap)
+    assert isinstance(opened.index, np.memmap)  # other processes share it
+    calls = []
+    records.open_source(source, lambda *_: calls.append(1))
+    assert calls == []  # and none builds it again
     copy = pickle.loads(pickle.dumps(opened))
     second_line = len(json.dumps(LINE)) + 1
     assert opened.index.tolist() == [(0, 500.5, 501.25, 1, 64, 48, 0), (second_line, 500.5, 501.25, 2, 64, 48, 0)]
     assert copy.index.tolist() == opened.index.tolist()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.jsonl", "train.jsonl.index"]
+
+
+def test_an_image_out_of_reach_is_looked_for_again(tmp_path):
+    unsized = {**LINE, "intrinsics": LINE["intrinsics"][:4]}
+    source = write(tmp_path, unsized, unsized)
+    hidden = tmp_path / LINE["image"]
+    assert records.open_source(source).index["width"].tolist() == [0, 0]
+    save(hidden, (64, 48))
+    assert records.open_source(source).index["width"].tolist() == [64, 64]
+    hidden.write_bytes(b"no image")  # what is no image stays none
+    (tmp_path / "train.jsonl.index").unlink()
+    assert records.open_source(source).index["width"].tolist() == [0, 0]
+    assert (tmp_path / "train.jsonl.index").is_file()
+
+
+def test_options_have_files_of_their_own(tmp_path):
+    plain = write(tmp_path, LINE)
+    calls = []
+    wide, elsewhere = dataclasses.replace(plain, fov_degrees=60), dataclasses.replace(plain, image_root=str(tmp_path))
+    for source in (plain, wide, elsewhere) * 2:
+        opened = records.open_source(source, lambda *_: calls.append(1))
+        assert Path(opened.index_file).is_file()
+    assert len(calls) == 3
+
+
+def test_another_spelling_of_the_path_finds_the_same_index(tmp_path, monkeypatch):
+    records.open_source(write(tmp_path, LINE))
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    opened = records.open_source(Source("train.jsonl"), lambda *_: calls.append(1))
+    assert len(opened.index) == 1 and calls == []
+
+
+CAMERAS = {
+    "none": (None, True), "zeros": ([0, 0, 1, 1], True), "float_zeros": (np.zeros(6), True),
+    "known": ([5, 5, 1, 1], False), "matrix": (np.zeros((4, 4)), False), "nested": ([[0] * 4] * 4, False),
+    "scalar": (np.array(0.0), False), "text": ("0000", False), "half": ([0, 5, 1, 1], False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("intrinsics, unknown", CAMERAS.values(), ids=CAMERAS.keys())
+def test_a_camera_is_unknown_only_where_it_is_left_open(intrinsics, unknown):
+    assert record_index.is_unknown(intrinsics) is unknown
 
 
 def test_a_pickle_of_a_mapped_index_is_small(tmp_path):

@@ -175,13 +175,14 @@ def test_another_mixture_continues_each_source(processor):
 
 def test_a_source_that_was_turned_off_gives_nothing_more(processor):
     first = planner({"a": Sizes(40), "b": Sizes(40)}, processor, settings({"a": 1, "b": 1}))
-    steps(first, 3)
+    trained = [draw for step in steps(first, 3) for source, draw in step if source == "b"]
     given = planner({"a": Sizes(40)}, processor, settings({"a": 1, "b": 0}), through_json(first.position))
     assert {source for step in steps(given, 5) for source, _ in step} == {"a"}
     assert given.position.draws["b"] == first.position.draws["b"]
     back = planner({"a": Sizes(40), "b": Sizes(40)}, processor, settings({"a": 1, "b": 1}), given.position)
-    drawn = [draw for step in steps(back, 5) for source, draw in step if source == "b"]
-    assert min(drawn) == first.position.draws["b"]
+    trained += [draw for step in steps(back, 5) for source, draw in step if source == "b"]
+    assert len(set(trained)) == len(trained)
+    assert set(range(first.position.draws["b"])) - set(trained) == set()  # those that were waiting come as well
 
 
 def test_tasks_are_drawn_by_weight(processor):
@@ -211,16 +212,32 @@ def test_a_pair_is_two_near_records_of_one_scene(processor):
     one = planner({"a": Sizes(60, 60, 48, 50.0)}, processor, single).sources["a"].slot(0)
     assert slots[0].size[1] == 2 * one.size[1]  # two images' patches
     alone = planner({"a": Sizes(60, 60, 48, 50.0)}, processor, settings({"a": 1}, changes)).sources["a"].slot(0)
-    assert alone.partner == -1
+    assert (alone.partner, alone.task) == (-1, "translation")
+    changes["data.tasks.speed"] = 1.0  # where there is no pair, the other task is asked
+    mixed = planner({"a": Sizes(60, 60, 48, 50.0)}, processor, settings({"a": 1}, changes)).sources["a"]
+    assert {mixed.slot(draw).task for draw in range(50)} == {"speed"}
 
 
-@pytest.mark.parametrize(("field", "change"), [("max_tokens", 80), ("max_patches", 16), ("max_answer_tokens", 16)])
-def test_a_sample_that_does_not_fit_names_the_field_to_raise(processor, field, change):
+@pytest.mark.parametrize(("field", "change"), [("max_tokens", 80), ("max_answer_tokens", 16)])
+def test_rows_too_small_for_any_sample_name_the_field_to_raise(processor, field, change):
     config = settings({"a": 1}, {f"data.{field}": change})
     with pytest.raises(InputError) as error:
-        planner({"a": Sizes(5)}, processor, config).next_step()
-    assert "a sample does not fit into a row: a, record" in str(error.value)
-    assert f"at most {change}" in str(error.value) and f"--config.data.{field}" in str(error.value)
+        planner({"a": Sizes(5)}, processor, config)
+    assert "a row is too small for a question about the smallest image (distance)" in str(error.value)
+    assert f"data.{field}={change}" in str(error.value) and f"--config.data.{field}" in str(error.value)
+
+
+def test_a_sample_that_fits_into_no_row_is_marked_and_does_not_stop_the_plan(processor):
+    changes = {"data.geometry.crop_width": (0, 0), "data.geometry.crop_height": (0, 0), "data.max_patches": 64}
+    sources = {"a": Sizes(12, 48, 48, 50.0)}
+    sources["a"].index["width"][7] = 200
+    given = planner(sources, processor, settings({"a": 1}, changes))
+    slots = [slot for step in range(8) for row in given.next_step()[0] for slot in row]
+    assert {slot.record for slot in slots if slot.too_large} == {7}
+    assert all(slot.too_large[1] > 64 >= slot.size[1] for slot in slots if slot.too_large)
+    larger = {"a": Sizes(12, 200, 48, 50.0)}  # the same source, with other images, goes on all the same
+    resumed = planner(larger, processor, settings({"a": 1}, changes), through_json(given.position))
+    assert all(slot.too_large for row in resumed.next_step()[0] for slot in row)
 
 
 @pytest.mark.parametrize("mode", ["corrected", "official"])

@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
@@ -225,10 +228,37 @@ def test_missing_and_empty_sources_are_named(folder):
     assert f"no data at source.path '{folder}/none.jsonl'" in message(
         records.open_source, Source(f"{folder}/none.jsonl")
     )
-    assert "no data at source.path ''" in message(records.open_source, Source())
-    text = message(records.open_source, Source(path=str(folder)))
-    assert "found:    something else" in text and "dataset_info.json" in text
+    assert "no data at source.path ''\n  found:    empty" in message(records.open_source, Source())
+    text = message(records.open_source, Source(path=str(folder / "rgb")))
+    assert "found:    a folder without dataset_info.json" in text and "dataset_info.json in it" in text
+    text = message(records.open_source, Source(path=str(folder / "rgb" / "a.png")))
+    assert "found:    a file whose name does not end in .jsonl" in text
     assert "train.jsonl: no records" in message(records.open_source, write(folder, "", "  "))
+
+
+def test_a_folder_too_high_names_what_is_below(folder):
+    write(folder, GOOD)
+    for name in ("b/1.0.0", "a/1.0.0", "c/deeper/1.0.0"):
+        (folder / "sets" / name).mkdir(parents=True)
+        (folder / "sets" / name / "dataset_info.json").touch()
+    text = message(records.open_source, Source(path=str(folder)))
+    assert f"found:    a folder; below it: {folder}/train.jsonl\n" in text
+    text = message(records.open_source, Source(path=str(folder / "sets")))
+    assert f"found:    a folder; below it: {folder}/sets/a/1.0.0, {folder}/sets/b/1.0.0\n" in text
+
+
+@pytest.mark.parametrize(
+    "field, fix",
+    [
+        ("data.sources.rooms", "fix:      set --config.data.sources.rooms.path=…"),
+        ("eval.source", "fix:      set --config.eval.source.path=…"),
+        ("--input", "fix:      set --input=…"),
+    ],
+)
+def test_the_error_names_the_flag_that_gives_the_path(field, fix):
+    text = message(records.open_source, Source(), None, field)
+    assert text.endswith(fix)
+    assert "gcsfs" in message(records.open_source, Source("gs://no_bucket_of_this_name/a.json"), None, field)
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +405,8 @@ class Bucket(MemoryFileSystem):
 
 
 @pytest.fixture
-def bucket(folder):
+def bucket(folder, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))  # where copies of an index go
     fsspec.register_implementation("gcs", Bucket, clobber=True)
     Bucket.store.clear()
     store = Bucket()
@@ -405,10 +436,14 @@ def test_what_a_bucket_lacks_is_named(folder, bucket):
     assert message(opened.__getitem__, 0).startswith("train.jsonl:1: cannot read line")
 
 
+WRITTEN = {"index-train.index", "index-validation.index"}  # by the writer of the data set
+
+
 def test_tfds_index_tells_each_camera_and_is_cached(tmp_path):
     folder = synthetic.build(tmp_path, train_scenes=5, val_scenes=1)
     opened = records.open_source(Source(path=str(folder), split="train[1:4]"))
-    assert isinstance(opened.index, np.memmap) and (folder / "index-train_1_4_.index").is_file()
+    assert isinstance(opened.index, np.memmap) and Path(opened.index_file).is_file()
+    assert {file.name for file in folder.glob("*.index")} - {Path(opened.index_file).name} == WRITTEN
     again = pickle.loads(pickle.dumps(opened))
     for row, row_again, record in zip(opened.index, again.index, opened, strict=True):
         assert [row["fx"], row["fy"]] == record.intrinsics[:2].tolist()
@@ -416,3 +451,27 @@ def test_tfds_index_tells_each_camera_and_is_cached(tmp_path):
         assert row == row_again
     whole = records.open_source(Source(path=str(folder), split="train"))
     assert len(whole.index) == 5 and (whole.index["fx"][1:4] == opened.index["fx"]).all()
+
+
+def test_tfds_camera_that_is_a_matrix_is_named(tmp_path):
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "intrinsics": tfds.features.Tensor(shape=(4, 4), dtype=np.float32),
+        }
+    )
+    file = tmp_path / "matrix-train.array_record-00000-of-00001"
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    example = {"image": encode(noise()), "intrinsics": np.zeros((4, 4), np.float32)}
+    writer.write(features.serialize_example(features.encode_example(example)))
+    writer.close()
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    layout = tfds.core.ShardedFileTemplate(data_dir=tmp_path, template=template)
+    split = tfds.core.SplitInfo(name="train", shard_lengths=[1], num_bytes=1, filename_template=layout)
+    tfds.folder_dataset.write_metadata(
+        data_dir=tmp_path, features=features, split_infos=[split], version="1.0.0", filename_template=template,
+        check_data=False,
+    )  # fmt: skip
+    opened = records.open_source(Source(str(tmp_path)))
+    assert np.isnan(opened.index["fx"][0]) and opened.index["width"][0] == 40
+    assert "intrinsics" in message(opened.__getitem__, 0).splitlines()[0]

@@ -38,6 +38,13 @@ class Numbered:
         }  # fmt: skip
 
 
+class Posed(Numbered):
+    """Examples of one scene."""
+
+    def __call__(self, index: int) -> dict:
+        return super().__call__(index) | {"pose": np.array(POSE, np.float32), "scene": "höll"}
+
+
 def depths(folder: Path, split: str = "train") -> list[float]:
     return [record.depth_m[0] for record in records.open_source(Source(str(folder), split))]
 
@@ -54,6 +61,22 @@ def test_record_i_is_example_i(tmp_path, shards, workers, files):
     assert (record.pose, record.scene, len(record.depth_m)) == (None, "", 2)
     assert [path.name for path in tmp_path.iterdir()] == ["1.0.0"]
     assert not [path for path in folder.iterdir() if "unfinished" in path.name or path.name == "progress"]
+
+
+@pytest.mark.parametrize("shards, workers", [(4, 1), (3, 2)])
+def test_the_first_opening_finds_the_index_that_would_have_been_built(tmp_path, shards, workers):
+    splits = {"train": (11, Numbered(bad=(0, 7))), "test": (2, Posed())}
+    folder = writer.write(tmp_path / "1.0.0", "counted", splits, shards, workers, max_bad_records=2)
+    calls = []
+    for split in splits:
+        source = Source(str(folder), split)
+        found = records.open_source(source, lambda *_: calls.append(1))
+        rows = np.array(found.index)
+        assert calls == [] and len(rows) == len(found)
+        Path(found.index_file).unlink()
+        assert records.open_source(source, lambda *_: calls.append(1)).index.tolist() == rows.tolist()
+        assert calls.pop()
+    assert rows["scene"].all() and (rows["width"] == 8).all() and (rows["fy"] == 6).all()
 
 
 def test_tfds_reads_it_by_name_and_decodes(tmp_path):
@@ -210,6 +233,46 @@ def test_conversion_stops_at_a_bad_line_or_leaves_it_out(jsonl, capsys):
     assert "My set.jsonl:4: depth is not a positive finite number" in capsys.readouterr().err
     assert len(records.open_source(Source(str(convert(jsonl, "--max_bad_records=2"))))) == 3
     assert "2 of 5 records left out" in capsys.readouterr().out
+
+
+def test_the_same_conversion_is_kept_with_what_it_left_out(jsonl, capsys):
+    jsonl.write_text(jsonl.read_text() + "{\n")
+    convert(jsonl, "--max_bad_records=1", "--json")
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    convert(jsonl, "--workers=2", "--json")
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == first and first["left_out"] == 1
+    assert any(line.startswith("kept: ") for line in lines) and "1 of 4 records left out" in lines
+
+
+def made_of(jsonl: Path) -> Path:
+    return jsonl.parent / "out" / "my_set" / "1.0.0" / "made_of.json"
+
+
+CHANGES = {
+    "option": (lambda file: None, "--focal_px=100", "was made with focal_px=0"),
+    "input": (lambda file: file.write_text(file.read_text() + "\n"), "--shards=0", "was made with input_content={"),
+    "unknown": (lambda file: made_of(file).unlink(), "--shards=0", "nobody knows what it was made of"),
+    "foreign": (lambda file: made_of(file).write_text("{}"), "--shards=0", "was made with input=None"),
+    "damaged": (lambda file: made_of(file).write_text("{"), "--shards=0", "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, flag, text", CHANGES.values(), ids=CHANGES.keys())
+def test_a_data_set_made_otherwise_is_not_taken_for_this_one(jsonl, capsys, change, flag, text):
+    folder = convert(jsonl)
+    change(jsonl)
+    arguments = ["curate", "--dataset=jsonl", f"--input={jsonl}", f"--output={jsonl.parent}/out", "--workers=1", flag]
+    assert program.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert str(folder) in error and text in error and "give another --output" in error
+    assert len(records.open_source(Source(str(folder)))) == 3
+
+
+def test_a_wrong_input_names_the_flag(tmp_path, capsys):
+    arguments = ["curate", "--dataset=jsonl", f"--input={tmp_path}/none.jsonl", f"--output={tmp_path}/out"]
+    assert program.main(arguments) == 1
+    assert "fix:      set --input=…" in capsys.readouterr().err
 
 
 def test_a_pose_that_float32_would_blur_is_named(jsonl):
