@@ -150,7 +150,8 @@ def paths_of(source: Records, folder: Path) -> Paths:
 
 def planned(maker: pipeline.SampleMaker, source: Records) -> list[plan.Slot]:
     """Returns the first slots of training, one a record; those that give no sample are left out."""
-    slots = plan.SourcePlan(SOURCE, source, plan.Sizer(maker.processor, maker.config), maker.config)
+    shape = pipeline.row_shape(maker.config.data, maker.processor.config)
+    slots = plan.SourcePlan(SOURCE, source, plan.Sizer(maker.processor, maker.config, shape), maker.config)
     made = {draw: maker(slots.slot(draw)) for draw in range(len(source))}
     reasons = [f"{one.record_id}: {one.reason}" for one in made.values() if isinstance(one, pipeline.Dropped)]
     if len(reasons) == len(made):
@@ -188,7 +189,7 @@ def one_core() -> Iterator[None]:
 
 def real(path: str) -> Held:
     """Returns the first records of a .jsonl file or of a prepared TFDS data set; raises InputError as readers do."""
-    source = open_source(config_module.Source(path=path))
+    source = open_source(config_module.Source(path=path), field="--images")
     count = min(len(source), MOST_IMAGES)
     return Held([source[number] for number in range(count)], source.index[:count])
 

@@ -90,9 +90,13 @@ def evaluate(run: Run, parameters: dict) -> Result:
         result.shown += examples[: SHOWN - len(result.shown)]
         progress(len(result.answers) + result.questions_not_asked, settings.samples)
     if not result.answers:
+        pairs = tasks.TASKS[settings.task].images == 2
         raise InputError(
-            f"{settings.source.path}: no question to ask", found=f"{result.excluded_points} points, none usable",
-            expected="labelled points with room for the marker", fix="give another eval.source",
+            f"{settings.source.path}: no question to ask",
+            found=f"{result.questions_not_asked} questions of {settings.task} without an answer in the records; "
+            f"{result.excluded_points} points that the marker does not fit to",
+            expected="pose and scene of neighbouring records" if pairs else "labelled points with room for the marker",
+            fix="give another eval.source or eval.task",
         )  # fmt: skip
     return result
 
@@ -101,9 +105,8 @@ def _groups(run: Run, result: Result) -> Iterator[list[Example]]:
     """Yields the questions in groups of eval.batch_rows, the last may be smaller; `result` counts the rest."""
     waiting: list[Example] = []
     rows = run.config.eval.batch_rows
-    for questions in pipeline.evaluation_questions(
-        open_source(run.config.eval.source, field="eval.source"), run.processor, run.config
-    ):
+    records = open_source(run.config.eval.source, field="eval.source")
+    for questions in pipeline.evaluation_questions(records, run.processor, run.config):
         result.excluded_points += questions.excluded
         result.questions_not_asked += questions.short
         waiting += questions.examples
