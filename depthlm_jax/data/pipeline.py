@@ -182,23 +182,22 @@ def groups_of(
 
 
 class HostRows:
-    """The rows that one host makes, in its order; opens its sources anew in each process that reads it."""
+    """The rows that one host makes, in its order; each process that reads it plans by itself."""
 
     def __init__(
-        self, sources: dict[str, Records] | None, processor, config: config_module.Config, host: int, hosts: int,
+        self, sources: dict[str, Records], processor, config: config_module.Config, host: int, hosts: int,
         position: plan.Position,
     ):  # fmt: skip
-        self.state = processor, config, host, hosts, position
-        self.sources = open_sources(config) if sources is None else sources
-        self.maker = SampleMaker(self.sources, processor, config)
+        self.state = sources, processor, config, host, hosts, position
+        self.maker = SampleMaker(sources, processor, config)
         self.local, self.host, self.first_step = config.data.global_batch_rows // hosts, host, position.step
         self.shape = row_shape(config.data, processor.config)
-        planner = plan.Planner(self.sources, processor, config, self.shape, position)
+        planner = plan.Planner(sources, processor, config, self.shape, position)
         ahead = (config.data.prefetch_rows + config.data.read_threads) * max(1, config.data.workers)  # rows
         self.plans = plan.StepPlans(planner, ahead // self.local + 2)
 
     def __reduce__(self):
-        return HostRows, (None, *self.state)
+        return HostRows, self.state
 
     def __len__(self) -> int:
         return sys.maxsize // (2 * self.local)  # endless
