@@ -19,7 +19,7 @@ from depthlm_jax.data import camera, mixture, order, packing, tasks, transforms
 from depthlm_jax.data.records import Records
 from depthlm_jax.errors import InputError
 
-WAITING = 64  # samples; twice as many fill rows 1 % better and take twice the time to plan
+WAITING = 64  # samples; twice as many fill rows at most 1 % better and take longer to plan
 CHUNK = 1024  # draws of a source that are sized at a time
 NUMBERS = 8  # random numbers of a draw: task, the six of a view, partner
 REACH = 8  # how many records away the second image of a pair may stand
