@@ -44,8 +44,11 @@ def make_greedy(network: Network, compute_dtype, max_new_tokens: int, stop_token
             n, last_B, ended_B, tokens_BG, cache = carry
             slot = length + n - 1
             seen_BS = prompt_BS | ((slots_S >= length) & (slots_S <= slot))
-            logits_BV, cache = network.decode_one(parameters, last_B, next_position_B + n - 1, slot, seen_BS, cache)
-            token_B = jnp.where(ended_B, last_B, logits_BV.argmax(-1))
+            position_B1 = (next_position_B + n - 1)[:, None]
+            logits_B1V, cache = network.decode_one(
+                parameters, last_B[:, None], position_B1, slot, seen_BS[:, None], cache
+            )
+            token_B = jnp.where(ended_B, last_B, logits_B1V[:, 0].argmax(-1))
             return n + 1, token_B, ended_B | jnp.isin(token_B, stops), tokens_BG.at[:, n].set(token_B), cache
 
         carry = (1, first_B, jnp.isin(first_B, stops), tokens_BG, cache)

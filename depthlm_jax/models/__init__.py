@@ -14,6 +14,7 @@ LETTERS = {
     "D": "width of the residual stream",
     "H": "heads × head width, of queries, keys or values",
     "N": "heads",
+    "Q": "query: token slots that attend together",
     "K": "head width",
     "F": "width of a feed-forward layer",
     "V": "vocabulary",

@@ -57,7 +57,7 @@ class Network:
     init: Callable  # key → parameters
     logits: Callable  # (parameters, batch) → logits_BAV
     prefill: Callable  # (parameters, batch, new_slots) → logits_BAV, cache
-    decode_one: Callable  # (parameters, tokens_B, positions_B, slot, seen_BS, cache) → logits_BV, cache
+    decode_one: Callable  # (parameters, tokens_BQ, positions_BQ, slot, seen_BQS, cache) → logits_BQV, cache
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

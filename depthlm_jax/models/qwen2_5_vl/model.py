@@ -100,25 +100,24 @@ class Qwen25VL(nnx.Module):
         cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, new_slots), (0, 0), (0, 0))), cache)
         return self.answer_logits(hidden_BTD, batch), cache
 
-    def decode_one(self, tokens_B, positions_B, slot, seen_BS, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Returns logits_BV of the token after `tokens_B`, and the cache with `slot` filled.
+    def decode_one(self, tokens_BQ, positions_BQ, slot, seen_BQS, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Returns logits_BQV of the token after each of `tokens_BQ`, and the cache with Q slots filled from `slot` on.
 
         Args:
-          tokens_B: the tokens decoded last.
-          positions_B: their position, the same on all three M-RoPE axes.
-          slot: cache slot that they take, a scalar for all rows.
-          seen_BS: cache slots that they attend to, their own included.
+          tokens_BQ: the tokens decoded last; Q = 1, or as many as continue a prompt side by side.
+          positions_BQ: their positions, the same on all three M-RoPE axes.
+          slot: first of the Q cache slots that they take, a scalar for all rows.
+          seen_BQS: cache slots that each attends to, its own included.
           cache: of `prefill`, or of the call before.
         """
-        positions_B1Z = jnp.broadcast_to(positions_B[:, None, None], (len(tokens_B), 1, 3))
-        turn = self.turn(positions_B1Z)
+        turn = self.turn(jnp.repeat(positions_BQ[..., None], 3, axis=-1))
 
-        def step(layer: DecoderLayer, hidden_B1D, _, layer_cache: Cache):
-            return layer(hidden_B1D, turn, seen_BS[:, None], layer_cache, slot)
+        def step(layer: DecoderLayer, hidden_BQD, _, layer_cache: Cache):
+            return layer(hidden_BQD, turn, seen_BQS, layer_cache, slot)
 
-        hidden_B1D = self.model.embed_tokens(tokens_B[:, None])
-        hidden_B1D, cache = scan_layers(self.model.layers, step, hidden_B1D, per_layer=cache, remat=False)
-        return self.head(self.model.norm(hidden_B1D))[:, 0], cache
+        hidden_BQD = self.model.embed_tokens(tokens_BQ)
+        hidden_BQD, cache = scan_layers(self.model.layers, step, hidden_BQD, per_layer=cache, remat=False)
+        return self.head(self.model.norm(hidden_BQD)), cache
 
     def decode_all(self, batch: dict[str, jax.Array], keep_cache: bool) -> tuple[jax.Array, Cache | None]:
         """Returns hidden_BTD after the last norm, and every layer's keys and values if asked for."""

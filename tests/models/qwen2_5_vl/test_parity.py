@@ -154,8 +154,10 @@ def decode_greedily(case: tiny.Case, batch: dict[str, np.ndarray]) -> np.ndarray
     for n in range(NEW_TOKENS - 1):
         seen_BS[:, length + n] = True
         tokens_B = logits_NBV[-1].argmax(-1)
-        logits_BV, cache = decode_one(case.parameters, tokens_B, positions_B + n, length + n, seen_BS.copy(), cache)
-        logits_NBV.append(np.asarray(logits_BV))
+        logits_B1V, cache = decode_one(
+            case.parameters, tokens_B[:, None], positions_B[:, None] + n, length + n, seen_BS[:, None].copy(), cache
+        )
+        logits_NBV.append(np.asarray(logits_B1V[:, 0]))
     return np.stack(logits_NBV)
 
 
