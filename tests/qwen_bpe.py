@@ -14,7 +14,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from depthlm_jax.models.qwen2_5_vl import tokenizer
+from depthlm_jax.models import tokenizer
+from depthlm_jax.models.qwen2_5_vl.tokenizer import FORMAT
 
 WHEEL = "dashscope==2.0.2"
 RANKS_FILE = "dashscope/resources/qwen.tiktoken"
@@ -87,6 +88,7 @@ def _write_folder(ranks: dict[bytes, int], folder: Path) -> None:
     in_order = sorted(ranks, key=ranks.__getitem__)
     merges = [_last_merge(token, ranks) for token in in_order if len(token) > 1]
     tokenizer.save_tokenizer(
+        FORMAT,
         folder,
         vocab={_spelled(token): ranks[token] for token in in_order},
         merges=[(_spelled(left), _spelled(right)) for left, right in merges],

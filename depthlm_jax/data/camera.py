@@ -319,14 +319,15 @@ def _mirror(view: View, pixels: np.ndarray) -> np.ndarray:
     return pixels * (-1, 1) + (view.camera.width - 1, 0) if view.flipped else pixels
 
 
-def check_pixels(view: View, min_pixels: int, max_pixels: int) -> None:
-    """Raises InputError if the result has fewer or more pixels than the checkpoint's image processor allows."""
+def check_pixels(view: View, min_pixels: int, max_pixels: int, longest_px: int) -> None:
+    """Raises InputError if the checkpoint's image processor would resize the result."""
     width, height = view.camera.width, view.camera.height
-    if not min_pixels <= width * height <= max_pixels:
+    if not (min_pixels <= width * height <= max_pixels and max(width, height) <= (longest_px or math.inf)):
+        longest = f", sides up to {longest_px} px" if longest_px else ""
         raise InputError(
             "image: its size at the unified focal length is outside the checkpoint's limits",
             found=f"{width}x{height} = {width * height} px, from {view.source.width}x{view.source.height} px",
-            expected=f"{min_pixels} to {max_pixels} px",
+            expected=f"{min_pixels} to {max_pixels} px{longest} (preprocessor_config.json)",
             fix="change data.geometry.focal_px or the crop sizes, or correct the record's intrinsics",
         )  # fmt: skip
 
@@ -392,13 +393,23 @@ def label_depth(
     return scale * convert_depth(camera, points, depth_m, from_kind, kind)
 
 
-def smart_size(height: int, width: int, grid: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Returns (height, width) in px, multiples of the grid, that Qwen's processor resizes an image to.
+def processor_size(
+    height: int, width: int, grid: int, min_pixels: int, max_pixels: int, longest_px: int
+) -> tuple[int, int]:
+    """Returns (height, width) in px, multiples of the grid, that the model's own image processor resizes an image to.
+
+    Args:
+      height: of the image, px.
+      width: likewise.
+      grid: px.
+      min_pixels: of the result, where longest_px is 0.
+      max_pixels: likewise.
+      longest_px: Pixtral's limit of a side; 0: Qwen's rule, which goes by the number of pixels.
 
     Raises:
       InputError: one side is more than 200 times the other.
 
-    Source: HF `smart_resize` of Qwen2-VL.
+    Source: HF `smart_resize` of Qwen2-VL, `get_resize_output_image_size` of Pixtral.
     """
     sides = height, width
     if max(sides) > MAX_ASPECT * min(sides):
@@ -406,6 +417,9 @@ def smart_size(height: int, width: int, grid: int, min_pixels: int, max_pixels: 
             "image: too long and narrow", found=f"{width}x{height} px", expected=f"aspect ratio up to {MAX_ASPECT}",
             fix="crop the image",
         )  # fmt: skip
+    if longest_px:
+        ratio = max(1.0, max(sides) / longest_px)
+        return tuple(grid * math.ceil(math.floor(side / ratio) / grid) for side in sides)
     snapped = [grid * round(side / grid) for side in sides]
     if math.prod(snapped) > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -416,7 +430,7 @@ def smart_size(height: int, width: int, grid: int, min_pixels: int, max_pixels: 
     return snapped[0], snapped[1]
 
 
-def snap_to_grid(image: np.ndarray, grid: int, min_pixels: int, max_pixels: int) -> np.ndarray:
-    """Returns the uint8 image after the second resize that official images need, see `smart_size`."""
-    height, width = smart_size(*image.shape[:2], grid, min_pixels, max_pixels)
+def snap_to_grid(image: np.ndarray, grid: int, min_pixels: int, max_pixels: int, longest_px: int) -> np.ndarray:
+    """Returns the uint8 image after the second resize that official images need, see `processor_size`."""
+    height, width = processor_size(*image.shape[:2], grid, min_pixels, max_pixels, longest_px)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

@@ -65,7 +65,7 @@ def open_sources(config: config_module.Config, progress: Callable | None = None)
 
 def limits_of(processor) -> transforms.Limits:
     sizes = processor.config
-    return transforms.Limits(sizes.grid_px, sizes.min_pixels, sizes.max_pixels)
+    return transforms.Limits(sizes.grid_px, sizes.min_pixels, sizes.max_pixels, sizes.longest_px)
 
 
 @dataclasses.dataclass(frozen=True)

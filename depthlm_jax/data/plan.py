@@ -95,13 +95,13 @@ class SourcePlan:
         ]  # fmt: skip
 
     def _image_sizes(self, records_N: np.ndarray, chance_NK: np.ndarray) -> np.ndarray:
-        """Returns (N, 3): tokens, patch slots and 0 of each record's image in its view."""
+        """Returns (N, 3): tokens, patch slots and supervised positions of each record's image in its view."""
         rows, geometry = self.index[records_N], self.config.data.geometry
         width_N, height_N = camera.view_size(
             rows["width"], rows["height"], rows["fx"], rows["fy"], geometry, self.sizer.grid_px, chance_NK[:, 1:-1],
             self.config.data.sources[self.name].aspect_jitter,
         )  # fmt: skip
-        return np.stack([*self.sizer.image_sizes(width_N, height_N), np.zeros(len(records_N), int)], axis=-1)
+        return self.sizer.image_sizes(width_N, height_N)
 
 
 def key_of(source: str) -> tuple[int]:
@@ -126,9 +126,11 @@ class Sizer:
     """How many tokens, patch slots and supervised positions a sample has at most."""
 
     def __init__(self, processor, config: config_module.Config, shape: batch_contract.RowShape):
-        self.processor, self.grid_px = processor, processor.config.grid_px
+        self.processor, sizes = processor, processor.config
+        self.grid_px, self.limits = sizes.grid_px, (sizes.min_pixels, sizes.max_pixels, sizes.longest_px)
         self.capacity_3 = np.array([shape.tokens, shape.patches, shape.answers])
         self.official = config.data.geometry.mode == "official"
+        self.words_count = config.train.loss_on == "official"
         weights = dataclasses.asdict(config.data.tasks)
         self.tasks = [name for name, weight in weights.items() if weight > 0]
         if not self.tasks:
@@ -139,7 +141,7 @@ class Sizer:
         self.weight_T = np.array([weights[name] for name in self.tasks])
         self.pairs_T = np.array([tasks.TASKS[name].images == 2 for name in self.tasks])
         self.text_T3 = np.array([self._text(name, config) for name in self.tasks])
-        cell_3 = np.array([*self.processor.image_size(self.grid_px, self.grid_px), 0])
+        cell_3 = self._image_size(np.array([self.grid_px]), np.array([self.grid_px]))
         self.smallest_T3 = self.text_T3 + (1 + self.pairs_T)[:, None] * cell_3
         self._check_smallest()
 
@@ -166,21 +168,24 @@ class Sizer:
         tokens, answers = self.processor.text_size(images, turns, data.reference.layout, config.train.loss_on)
         return tokens, 0, answers
 
-    def image_sizes(self, width_N: np.ndarray, height_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens and patch slots of images of these sizes in px; of one cell where `look` will refuse."""
+    def image_sizes(self, width_N: np.ndarray, height_N: np.ndarray) -> np.ndarray:
+        """Returns (N, 3) for images of these sizes in px; of one cell where `look` will refuse."""
         if self.official:
             sizes = [self._snapped(int(width), int(height)) for width, height in zip(width_N, height_N, strict=True)]
             width_N, height_N = np.array(sizes).T
         else:
-            limits = self.processor.config.min_pixels, self.processor.config.max_pixels
-            allowed_N = (limits[0] <= width_N * height_N) & (width_N * height_N <= limits[1])
+            allowed_N = (self.limits[0] <= width_N * height_N) & (width_N * height_N <= self.limits[1])
+            allowed_N &= np.maximum(width_N, height_N) <= (self.limits[2] or np.inf)
             width_N, height_N = (np.where(allowed_N, side_N, self.grid_px) for side_N in (width_N, height_N))
-        return self.processor.image_size(width_N, height_N)
+        return self._image_size(width_N, height_N)
+
+    def _image_size(self, width_N: np.ndarray, height_N: np.ndarray) -> np.ndarray:
+        tokens_N, slots_N, words_N = self.processor.image_size(width_N, height_N)
+        return np.stack([tokens_N, slots_N, words_N * self.words_count], axis=-1)
 
     def _snapped(self, width: int, height: int) -> tuple[int, int]:
-        limits = self.grid_px, self.processor.config.min_pixels, self.processor.config.max_pixels
         try:
-            return camera.smart_size(height, width, *limits)[::-1]
+            return camera.processor_size(height, width, self.grid_px, *self.limits)[::-1]
         except (InputError, ZeroDivisionError):
             return self.grid_px, self.grid_px
 

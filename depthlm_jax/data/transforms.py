@@ -20,6 +20,7 @@ class Limits:
     grid_px: int  # sides are multiples of it
     min_pixels: int
     max_pixels: int
+    longest_px: int  # no side may be longer; 0: any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _check_view(record_id: str, view: camera.View, geometry: config.Geometry, li
         )  # fmt: skip
     # Official images: the second resize keeps the model's limits by itself, but needs an image.
     official = geometry.mode == "official"
-    allowed = (1, images.MAX_IMAGE_PIXELS) if official else (limits.min_pixels, limits.max_pixels)
+    allowed = (1, images.MAX_IMAGE_PIXELS, 0) if official else dataclasses.astuple(limits)[1:]
     try:
         camera.check_pixels(view, *allowed)
     except InputError as error:

@@ -205,7 +205,7 @@ def test_absurdly_short_focal_length_is_refused_by_its_size():
         for drawn in (None, chance(0)):
             geometry = Geometry(mode=mode, crop_width=(0, 0))
             with pytest.raises(InputError, match="outside the checkpoint's limits"):
-                cam.check_pixels(cam.plan_view(camera, geometry, GRID, drawn), 1, 10**8)
+                cam.check_pixels(cam.plan_view(camera, geometry, GRID, drawn), 1, 10**8, 0)
 
 
 # --- corrected: pixels --------------------------------------------------------------------------------------------
@@ -376,18 +376,18 @@ def test_points_in_the_cameras_frame():
 # --- the processor's resize ---------------------------------------------------------------------------------------
 
 
-def test_smart_size_is_that_of_hugging_face():
+def test_processor_size_is_that_of_hugging_face():
     rng = np.random.default_rng(0)
     for height, width in rng.integers(10, 2000, (2000, 2)).tolist():
         for limits in [(3136, 12845056), (200704, 1003520)]:
-            assert cam.smart_size(height, width, GRID, *limits) == smart_resize(height, width, GRID, *limits)
+            assert cam.processor_size(height, width, GRID, *limits, 0) == smart_resize(height, width, GRID, *limits)
 
 
 def test_snap_to_grid_of_the_official_image():
-    snapped = cam.snap_to_grid(np.full((643, 857, 3), 7, np.uint8), GRID, 3136, 12845056)
+    snapped = cam.snap_to_grid(np.full((643, 857, 3), 7, np.uint8), GRID, 3136, 12845056, 0)
     assert snapped.shape == (644, 868, 3) and np.all(snapped == 7)  # 31×23 tokens
     on_grid = np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)
-    assert np.array_equal(cam.snap_to_grid(on_grid, GRID, 3136, 12845056), on_grid)
+    assert np.array_equal(cam.snap_to_grid(on_grid, GRID, 3136, 12845056, 0), on_grid)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -412,10 +412,10 @@ def test_image_of_another_size_than_its_intrinsics():
 
 def test_pixel_limits_name_both_sizes():
     view = cam.plan_view(CORRIDOR, Geometry(), GRID, None)
-    cam.check_pixels(view, 3136, 1148 * 868)
+    cam.check_pixels(view, 3136, 1148 * 868, 0)
     for limits in [(3136, 1148 * 868 - 1), (1148 * 868 + 1, 12845056)]:
         with pytest.raises(InputError, match=f"1148x868 = 996464 px, from 640x480 px(.|\n)*{limits[0]} to {limits[1]}"):
-            cam.check_pixels(view, *limits)
+            cam.check_pixels(view, *limits, 0)
 
 
 def test_unknown_depth_kind():
@@ -425,7 +425,7 @@ def test_unknown_depth_kind():
 
 def test_too_narrow_for_the_processor():
     with pytest.raises(InputError, match="2010x10 px"):
-        cam.smart_size(10, 2010, GRID, 3136, 12845056)
+        cam.processor_size(10, 2010, GRID, 3136, 12845056, 0)
 
 
 def test_record_of_the_release_gives_the_golden_depths():

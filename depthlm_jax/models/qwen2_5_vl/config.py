@@ -3,6 +3,7 @@
 import dataclasses
 
 from depthlm_jax.errors import InputError
+from depthlm_jax.models.fields import require, require_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Qwen25VLConfig:
     min_pixels: int
     max_pixels: int
     initializer_range: float = 0.02
+    longest_px: int = 0  # of an image's side: no limit
 
     @property
     def head_width(self) -> int:
@@ -84,7 +86,6 @@ class Qwen25VLConfig:
 
 
 MODEL_TYPE = "qwen2_5_vl"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # one of them is enough
 PREPROCESSOR = {  # the published preprocessor_config.json of every size
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
@@ -113,11 +114,11 @@ def read_config(hf_config: dict, preprocessor: dict) -> Qwen25VLConfig:
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     vision = dict(require(text, "vision_config"))
     vision.setdefault("in_channels", vision.get("in_chans", 3))
-    _refuse(text, "use_sliding_window", False)
-    _refuse(text, "hidden_act", "silu")
-    _refuse(vision, "hidden_act", "silu")
+    require_value(text, "use_sliding_window", False)
+    require_value(text, "hidden_act", "silu")
+    require_value(vision, "hidden_act", "silu")
     rope_type = rope.get("rope_type") or rope.get("type", "default")
-    _refuse({"rope_type": "default" if rope_type == "mrope" else rope_type}, "rope_type", "default")
+    require_value({"rope_type": "default" if rope_type == "mrope" else rope_type}, "rope_type", "default")
     config = Qwen25VLConfig(
         vision=Vision(**{**_take(Vision, vision), "fullatt_block_indexes": tuple(vision["fullatt_block_indexes"])}),
         rope_theta=float(text.get("rope_theta") or require(rope, "rope_theta")),
@@ -155,24 +156,6 @@ def _check(config: Qwen25VLConfig) -> None:
 
 def _take(section: type, values: dict) -> dict:
     return {field.name: require(values, field.name) for field in dataclasses.fields(section)}
-
-
-def require(values: dict, name: str):
-    """Returns a field; raises InputError if it is missing."""
-    if name not in values:
-        raise InputError(
-            f"Hugging Face folder: {name} is missing", found=f"fields {sorted(values)}", expected=name,
-            fix="use a Qwen2.5-VL folder with its own config.json and preprocessor_config.json",
-        )  # fmt: skip
-    return values[name]
-
-
-def _refuse(values: dict, name: str, only: object) -> None:
-    if values.get(name, only) != only:
-        raise InputError(
-            f"config.json: {name} is not supported", found=repr(values[name]), expected=repr(only),
-            fix="use a checkpoint with the published architecture",
-        )  # fmt: skip
 
 
 def _pixel_limit(preprocessor: dict, name: str, size_name: str) -> int:

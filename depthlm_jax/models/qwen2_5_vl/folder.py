@@ -1,14 +1,16 @@
 """The files of a Hugging Face folder other than the weights: made from nothing, or copied in the form all can read."""
 
-import shutil
 from pathlib import Path
 
 import transformers
 
 from depthlm_jax import files
-from depthlm_jax.errors import InputError
-from depthlm_jax.models.qwen2_5_vl.config import MODEL_TYPE, PREPROCESSOR, TOKENIZER_FILES, require
-from depthlm_jax.models.qwen2_5_vl.tokenizer import CHAT_TEMPLATE, build_small_tokenizer
+from depthlm_jax.models import folder
+from depthlm_jax.models.fields import require
+from depthlm_jax.models.folder import hub_dtype
+from depthlm_jax.models.qwen2_5_vl.config import MODEL_TYPE, PREPROCESSOR
+from depthlm_jax.models.qwen2_5_vl.tokenizer import FORMAT
+from depthlm_jax.models.tokenizer import build_small_tokenizer
 
 SCRATCH_VOCABULARY = 512
 TOKEN_FIELDS = {
@@ -20,21 +22,19 @@ TOKEN_FIELDS = {
     "eos_token_id": "<|im_end|>",
     "pad_token_id": "<|endoftext|>",
 }
-COPIED = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-DAMAGED = "download the folder again"
 
 
-def write_scratch(hf_config: dict, texts: list[str], folder: Path) -> None:
+def write_scratch(hf_config: dict, texts: list[str], target: Path) -> None:
     """Writes config, tokenizer, preprocessor and generation files for a model of random weights.
 
     Args:
       hf_config: config.json without vocabulary and token ids, which come from the tokenizer.
       texts: what the tokenizer is made for.
-      folder: is made where it does not exist.
+      target: is made where it does not exist.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    build_small_tokenizer(folder, texts, SCRATCH_VOCABULARY)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    target.mkdir(parents=True, exist_ok=True)
+    build_small_tokenizer(FORMAT, target, texts, SCRATCH_VOCABULARY)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(target, local_files_only=True)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKEN_FIELDS.items()}
     vision = require(hf_config, "vision_config")
     side = require(vision, "patch_size") * require(vision, "spatial_merge_size")
@@ -47,43 +47,20 @@ def write_scratch(hf_config: dict, texts: list[str], folder: Path) -> None:
     generation = {"do_sample": False, "eos_token_id": stops, "pad_token_id": ids["pad_token_id"]}
     named = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": MODEL_TYPE}
     files.write_json(
-        folder / "config.json", {**named, "torch_dtype": "float32", **hf_config, **ids, "vocab_size": len(tokenizer)}
+        target / "config.json", {**named, "torch_dtype": "float32", **hf_config, **ids, "vocab_size": len(tokenizer)}
     )
-    files.write_json(folder / "preprocessor_config.json", PREPROCESSOR | patches)
-    files.write_json(folder / "generation_config.json", generation)
-    files.write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    files.write_json(target / "preprocessor_config.json", PREPROCESSOR | patches)
+    files.write_json(target / "generation_config.json", generation)
+    files.write_json(target / "chat_template.json", {"chat_template": FORMAT.chat_template})
 
 
 def copy_published(source: Path, target: Path) -> list[str]:
-    """Copies everything but the weights, in the hub's form, which transformers 4.51 and 5 read alike.
-
-    Returns:
-      Warnings for the user.
-
-    Raises:
-      InputError: config.json or preprocessor_config.json is missing.
-    """
-    for names in (("config.json",), ("preprocessor_config.json", "processor_config.json")):
-        if not any((source / name).is_file() for name in names):
-            raise InputError(
-                f"{source}: no {names[0]}", found=sorted(file.name for file in source.glob("*"))[:12] or "nothing",
-                expected="a Hugging Face model folder", fix="correct --hf_dir or model.hf_dir, or complete the folder",
-            )  # fmt: skip
-    target.mkdir(parents=True, exist_ok=True)
-    found = {file for pattern in COPIED for file in source.glob(pattern) if "safetensors" not in file.name}
-    for file in sorted(found):
-        shutil.copyfile(file, target / file.name)
-    _rewrite(target / "config.json", flat_config)
-    if not (target / "preprocessor_config.json").is_file():  # transformers 5 saves it inside processor_config.json
-        processor = files.read_json(target / "processor_config.json", DAMAGED)
-        files.write_json(target / "preprocessor_config.json", require(processor, "image_processor"))
+    """Returns warnings, see models/folder.py; 4.51 would take a processor_config.json for the preprocessor's."""
+    warnings = folder.copy_published(
+        source, target, config=flat_config, preprocessor=hub_preprocessor, tokenizer_class=FORMAT.tokenizer_class
+    )
     (target / "processor_config.json").unlink(missing_ok=True)
-    _rewrite(target / "preprocessor_config.json", hub_preprocessor)
-    if (target / "tokenizer_config.json").is_file():
-        _rewrite(target / "tokenizer_config.json", lambda values: values | {"tokenizer_class": "Qwen2Tokenizer"})
-    if not any((target / name).is_file() for name in TOKENIZER_FILES):
-        return [f"{source} has no tokenizer files: {target} has none either, and needs them before it can be used"]
-    return []
+    return warnings
 
 
 def flat_config(values: dict) -> dict:
@@ -98,11 +75,9 @@ def flat_config(values: dict) -> dict:
     if rope:
         text["rope_theta"] = require(rope, "rope_theta")
         text["rope_scaling"] = {"type": "mrope", "mrope_section": require(rope, "mrope_section")}
-    if "dtype" in text:
-        text["torch_dtype"] = text.pop("dtype")
     text["tie_word_embeddings"] = bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
     text.pop("layer_types", None)  # of version 5; follows from the rest
-    return text
+    return hub_dtype(text)
 
 
 def hub_preprocessor(values: dict) -> dict:
@@ -111,7 +86,3 @@ def hub_preprocessor(values: dict) -> dict:
     limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
     known = {name: limit for name, limit in limits.items() if limit is not None}
     return {**known, **values, "image_processor_type": PREPROCESSOR["image_processor_type"]}
-
-
-def _rewrite(file: Path, change) -> None:
-    files.write_json(file, change(files.read_json(file, DAMAGED)))

@@ -210,7 +210,8 @@ def test_sizes_are_known_without_images(processor, layout, loss_on, grids):
         sample = processor.encode(images, turns, layout=layout, loss_on=loss_on)
         tokens, answers = processor.text_size(len(grids), turns, layout, loss_on)
         rows, columns = np.array(grids).T
-        image_tokens, slots = processor.image_size(columns * 28, rows * 28)
+        image_tokens, slots, words = processor.image_size(columns * 28, rows * 28)
+        assert not words.any()
         assert len(sample.tokens_T) == tokens + image_tokens.sum()
         assert len(sample.patches_PC) == slots.sum()
         assert len(sample.targets_A) == answers

@@ -7,7 +7,8 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from depthlm_jax.errors import InputError
-from depthlm_jax.models.qwen2_5_vl.tokenizer import SPECIAL_TOKENS, build_small_tokenizer, save_tokenizer
+from depthlm_jax.models.qwen2_5_vl.tokenizer import FORMAT
+from depthlm_jax.models.tokenizer import build_small_tokenizer, save_tokenizer
 
 TEXTS = [
     "Given this image, how far is the point pointed by the red arrow from the camera?",
@@ -18,7 +19,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer") / "made" / "on the way"
-    build_small_tokenizer(folder, TEXTS, vocab_size=320)
+    build_small_tokenizer(FORMAT, folder, TEXTS, vocab_size=320)
     return folder
 
 
@@ -61,8 +62,10 @@ def test_each_digit_is_a_token(tokenizer):
 
 
 def test_special_tokens_have_the_ids_of_their_order(tokenizer):
-    assert [tokenizer.encode(token) for token in SPECIAL_TOKENS] == [[i] for i in range(len(SPECIAL_TOKENS))]
-    assert tokenizer.encode("".join(SPECIAL_TOKENS)) == list(range(len(SPECIAL_TOKENS)))
+    assert [tokenizer.encode(token) for token in FORMAT.special_tokens] == [
+        [i] for i in range(len(FORMAT.special_tokens))
+    ]
+    assert tokenizer.encode("".join(FORMAT.special_tokens)) == list(range(len(FORMAT.special_tokens)))
     assert tokenizer.decode(tokenizer.encode("<|im_start|>a<|image_pad|><|im_end|>"), skip_special_tokens=True) == "a"
 
 
@@ -96,7 +99,7 @@ def test_an_unknown_content_item_is_named(tokenizer):
 
 
 def test_same_texts_give_the_same_files(folder, tmp_path):
-    build_small_tokenizer(tmp_path, TEXTS, vocab_size=320)
+    build_small_tokenizer(FORMAT, tmp_path, TEXTS, vocab_size=320)
     names = ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
     assert sorted(file.name for file in tmp_path.iterdir()) == names
     assert [(tmp_path / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
@@ -105,22 +108,22 @@ def test_same_texts_give_the_same_files(folder, tmp_path):
 def test_a_roundtrip_through_transformers_changes_no_id(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    texts = [*TEXTS, *random_texts(5), "".join(SPECIAL_TOKENS)]
+    texts = [*TEXTS, *random_texts(5), "".join(FORMAT.special_tokens)]
     assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
 
 
 def test_no_texts_leave_bytes(tmp_path):
-    build_small_tokenizer(tmp_path, [], vocab_size=1000)
+    build_small_tokenizer(FORMAT, tmp_path, [], vocab_size=1000)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(tokenizer) == len(SPECIAL_TOKENS) + 256
+    assert len(tokenizer) == len(FORMAT.special_tokens) + 256
     assert len(tokenizer.encode("how far")) == len("how far")
 
 
 def test_too_small_a_vocabulary_is_refused_with_the_smallest_one(tmp_path):
     with pytest.raises(InputError, match="found: +263\n.*at least 264: 8 special tokens and 256 bytes"):
-        build_small_tokenizer(tmp_path, TEXTS, vocab_size=263)
+        build_small_tokenizer(FORMAT, tmp_path, TEXTS, vocab_size=263)
 
 
 def test_special_tokens_that_leave_a_gap_are_refused(tmp_path):
     with pytest.raises(InputError, match="special tokens do not follow the vocabulary"):
-        save_tokenizer(tmp_path, vocab={"a": 0, "b": 1}, merges=[], special_tokens={"<|end|>": 3})
+        save_tokenizer(FORMAT, tmp_path, vocab={"a": 0, "b": 1}, merges=[], special_tokens={"<|end|>": 3})

@@ -1,0 +1,22 @@
+"""Fields of the JSON files of a Hugging Face folder: errors that name them."""
+
+from depthlm_jax.errors import InputError
+
+
+def require(values: dict, name: str):
+    """Returns a field of a JSON file; raises InputError if it is missing."""
+    if name not in values:
+        raise InputError(
+            f"Hugging Face folder: {name} is missing", found=f"fields {sorted(values)}", expected=name,
+            fix="use a folder of this family with its own config.json and preprocessor_config.json",
+        )  # fmt: skip
+    return values[name]
+
+
+def require_value(values: dict, name: str, only: object) -> None:
+    """Raises InputError, naming the field, if it is there and asks for something that the port does not do."""
+    if values.get(name, only) != only:
+        raise InputError(
+            f"config.json: {name} is not supported", found=repr(values[name]), expected=repr(only),
+            fix="use a checkpoint with the published architecture",
+        )  # fmt: skip
