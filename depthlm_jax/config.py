@@ -19,14 +19,25 @@ from depthlm_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank factors that train in place of the parameters, which are then frozen."""
+
+    pattern: str = ""  # a regular expression that matches the whole path of each linear layer; empty: none
+    rank: int = 16
+    alpha: float = 32.0  # factors act with alpha / rank
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     family: str = "qwen2_5_vl"
     hf_dir: str = ""  # Hugging Face folder with weights, config, tokenizer
     random_weights: bool = False  # where hf_dir is empty: start from nothing, with the sizes in hf_config
     hf_config: dict = dataclasses.field(default_factory=dict)  # content of config.json
     compute_dtype: str = "bfloat16"
+    attention: str = "xla"  # or splash (TPU), cudnn (NVIDIA GPU)
     remat: bool = True  # recompute each block in the backward pass
     seed: int = 0  # of random weights
+    lora: Lora = Lora()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +116,14 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """Parameters that train at a learning rate of their own."""
+
+    pattern: str  # a regular expression that matches the whole '/'-path of each of them: "visual/.*"
+    factor: float  # of the learning rate; 0: frozen
+
+
+@dataclasses.dataclass(frozen=True)
 class Optim:
     learning_rate: float = 1e-5
     warmup_ratio: float = 0.1
@@ -113,6 +132,7 @@ class Optim:
     adam_b2: float = 0.999
     adam_eps: float = 1e-8
     max_grad_norm: float = 0.1
+    groups: dict[str, Group] = dataclasses.field(default_factory=dict)  # parameters in none have factor 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +153,8 @@ class Eval:
     samples: int = 512  # (image, point) pairs, spread evenly over the images
     batch_rows: int = 16
     max_new_tokens: int = 64
+    answer_prefix: str = ""  # how answers are made to begin; the number that follows is then the whole answer
+    expectation: bool = False  # also the mean of all numbers that may follow answer_prefix, by their probabilities
     seed: int = 42
 
 
@@ -159,8 +181,10 @@ COLORS = {
     "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "magenta": (255, 0, 255),
     "cyan": (0, 255, 255), "white": (255, 255, 255), "black": (0, 0, 0),
 }  # fmt: skip
-CHOICES = {  # "*" stands for the name of a source
+NAMED = {"data.sources": "source", "optim.groups": "group"}  # sections with names of the user's choice
+CHOICES = {  # "*" stands for such a name
     "model.compute_dtype": ("bfloat16", "float32"),
+    "model.attention": ("xla", "splash", "cudnn"),
     "data.sources.*.depth_kind": ("z", "ray"),
     "eval.source.depth_kind": ("z", "ray"),
     "eval.task": TASKS,
@@ -181,6 +205,7 @@ RANGES = {  # of numbers, both ends included
             "data.reference.scale", "data.reference.questions", "data.global_batch_rows", "data.max_tokens",
             "data.max_patches", "data.max_answer_tokens", "train.max_steps", "train.gradient_accumulation_steps",
             "train.save_steps", "train.logging_steps", "eval.samples", "eval.batch_rows", "eval.max_new_tokens",
+            "model.lora.rank",
         ),
         COUNT,
     ),
@@ -189,19 +214,20 @@ RANGES = {  # of numbers, both ends included
             "model.seed", "train.seed", "eval.seed", "data.max_bad_records", "data.read_threads", "data.prefetch_rows",
             "data.geometry.focal_px", "train.digit_weight", "optim.learning_rate", "optim.weight_decay", "data.workers",
             "data.mixture.size_cap", "data.sources.*.weight", *(f"data.tasks.{name}" for name in TASKS),
+            "model.lora.alpha",
         ),
         AMOUNT,
     ),
     "data.mixture.size_exponent": (0, 1), "data.geometry.flip": (0, 1), "eval.source.fov_degrees": (0, 179),
     "data.sources.*.fov_degrees": (0, 179),
     "optim.warmup_ratio": (0, 1), "optim.adam_b1": (0, 1), "optim.adam_b2": (0, 1), "optim.adam_eps": (0, 1),
-    "optim.max_grad_norm": (1e-12, 2**31 - 1),
+    "optim.max_grad_norm": (1e-12, 2**31 - 1), "optim.groups.*.factor": AMOUNT,
 }  # fmt: skip
 MIXTURE = ("data.sources", "data.mixture")  # may be changed on the way
 # What may differ between a workdir and the run that continues it: the mixture, and what changes speed or reporting.
 FREE_TO_CHANGE = (
-    *MIXTURE, "mesh", "eval", "train.save_steps", "train.logging_steps", "data.workers", "data.read_threads",
-    "data.prefetch_rows", "data.max_bad_records",
+    *MIXTURE, "mesh", "eval", "model.attention", "train.save_steps", "train.logging_steps", "data.workers",
+    "data.read_threads", "data.prefetch_rows", "data.max_bad_records",
 )  # fmt: skip
 
 
@@ -218,21 +244,29 @@ def sources(table: dict[str, dict]) -> ml_collections.ConfigDict:
     Raises:
       InputError: a name that is none, or fields that are not in a dict.
     """
-    default = dataclasses.asdict(TrainSource())
-    for name, fields in table.items():
-        _check_source(name, fields)
+    return _named("data.sources", TrainSource, table)
+
+
+def groups(table: dict[str, dict]) -> ml_collections.ConfigDict:
+    """Returns optim.groups of a recipe: {"vision": {"pattern": "visual/.*", "factor": 0.1}, …}; raises as `sources`."""
+    return _named("optim.groups", Group, table)
+
+
+def _named(path: str, section: type, table: dict[str, dict]) -> ml_collections.ConfigDict:
+    _check_named(path, table)
+    default = {f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING}
     return ml_collections.ConfigDict({name: default | fields for name, fields in table.items()})
 
 
-def _check_source(name: object, fields: object) -> None:
-    if not (isinstance(name, str) and name.isidentifier()) or keyword.iskeyword(name):
-        raise InputError(
-            "config: bad name of a source in data.sources", found=repr(name),
-            expected="letters, digits and _, no digit first: it is part of --config.data.sources.NAME.weight",
-            fix="rename it in the recipe",
-        )  # fmt: skip
-    if not isinstance(fields, dict):
-        raise _bad_value(f"data.sources.{name}", f"{fields!r} of type {type(fields).__name__}", '{"path": …, …}')
+def _check_named(path: str, table: dict) -> None:
+    for name, fields in table.items():
+        if not (isinstance(name, str) and name.isidentifier()) or keyword.iskeyword(name):
+            raise InputError(
+                f"config: bad name of a {NAMED[path]} in {path}", found=repr(name), fix="rename it in the recipe",
+                expected=f"letters, digits and _, no digit first: it is part of --config.{path}.NAME.…",
+            )  # fmt: skip
+        if not isinstance(fields, dict):
+            raise _bad_value(f"{path}.{name}", f"{fields!r} of type {type(fields).__name__}", "a dict of its fields")
 
 
 def parse(recipe: ml_collections.ConfigDict) -> Config:
@@ -243,6 +277,7 @@ def parse(recipe: ml_collections.ConfigDict) -> Config:
     """
     config = _parse_section(Config, recipe.to_dict(), "")
     _check_questions(config)
+    _check_answers(config.eval)
     return config
 
 
@@ -263,10 +298,19 @@ def _check_questions(config: Config) -> None:
         )  # fmt: skip
 
 
+def _check_answers(settings: Eval) -> None:
+    if settings.expectation and not settings.answer_prefix:
+        raise InputError(
+            "config: eval.expectation needs eval.answer_prefix", found="answer_prefix='', expectation=True",
+            expected="how an answer begins up to its number, such as '<think> The point is around '",
+            fix="set --config.eval.answer_prefix, or --config.eval.expectation=false",
+        )  # fmt: skip
+
+
 def _parse_section(section: type, values: dict, path: str):
     if type(values) is not dict:
         raise _bad_value(path.rstrip("."), f"{values!r} of type {type(values).__name__}", "a section")
-    known = {field.name: field.type for field in dataclasses.fields(section)}
+    known = typing.get_type_hints(section)
     for name in values:
         if name not in known:
             raise unknown_key(f"{path}{name}", [f"{path}{other}" for other in known])
@@ -274,21 +318,20 @@ def _parse_section(section: type, values: dict, path: str):
     if missing:
         raise InputError(
             f"config: {path}{missing[0]} is missing", found=f"fields {sorted(values)}", expected=sorted(known),
-            fix="start the recipe from depthlm_jax.config.default_config()",
+            fix="add it; a recipe that starts from depthlm_jax.config.default_config() has every default",
         )  # fmt: skip
-    hints = typing.get_type_hints(section)
-    return section(**{name: _parse_value(hints[name], value, f"{path}{name}") for name, value in values.items()})
+    return section(**{name: _parse_value(known[name], value, f"{path}{name}") for name, value in values.items()})
 
 
 def _parse_value(kind, value, path: str):
     if dataclasses.is_dataclass(kind):
         return _parse_section(kind, value, f"{path}.")
     if typing.get_origin(kind) is dict:
-        if type(value) is not dict or not value:
-            raise _bad_value(path, f"{value!r} of type {type(value).__name__}", "named sections, at least one")
+        least = ", at least one" if path == "data.sources" else ""
+        if type(value) is not dict or (least and not value):
+            raise _bad_value(path, f"{value!r} of type {type(value).__name__}", f"named sections{least}")
         section = typing.get_args(kind)[1]
-        for name, fields in value.items():
-            _check_source(name, fields)
+        _check_named(path, value)
         return {name: _parse_section(section, fields, f"{path}.{name}.") for name, fields in value.items()}
     if typing.get_origin(kind) is tuple:
         return _parse_range(typing.get_args(kind)[0], value, path)
@@ -296,7 +339,7 @@ def _parse_value(kind, value, path: str):
         value = float(value)
     if type(value) is not kind:
         raise _bad_value(path, f"{value!r} of type {type(value).__name__}", kind.__name__)
-    rule = re.sub(r"^data\.sources\.[^.]+", "data.sources.*", path)
+    rule = re.sub(rf"^({'|'.join(NAMED)})\.[^.]+", r"\1.*", path)
     if rule in CHOICES and value not in CHOICES[rule]:
         raise _bad_value(path, repr(value), " or ".join(CHOICES[rule]))
     low, high = RANGES.get(rule, (-math.inf, math.inf))

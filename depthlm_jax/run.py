@@ -14,7 +14,8 @@ from depthlm_jax import config as config_module
 from depthlm_jax.data import tasks, transforms
 from depthlm_jax.data.records import Records
 from depthlm_jax.errors import InputError
-from depthlm_jax.models import registry
+from depthlm_jax.models import attention, registry
+from depthlm_jax.models.layers import Execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +112,14 @@ def reopen(workdir: Path, wanted: config_module.Config | None = None) -> Run:
             expected="config.json, base/ and checkpoints/ of a training run", fix="train first, or correct --workdir",
         )  # fmt: skip
     saved = config_module.load(file)
-    if wanted is None:
-        return connect(dataclasses.replace(saved, mesh=config_module.Mesh(1, 1, 1)), workdir, host_device(), 1, "")
+    if wanted is None:  # the model itself will not run
+        model = dataclasses.replace(saved.model, attention="xla")
+        alone = dataclasses.replace(saved, mesh=config_module.Mesh(1, 1, 1), model=model)
+        return connect(alone, workdir, host_device(), 1, "")
     for difference in config_module.differences(saved, wanted):
         log.say(f"{workdir} was trained with another value, which is used: {difference}")
-    config = dataclasses.replace(saved, mesh=wanted.mesh, eval=wanted.eval)
+    model = dataclasses.replace(saved.model, attention=wanted.model.attention)
+    config = dataclasses.replace(saved, mesh=wanted.mesh, eval=wanted.eval, model=model)
     return connect(config, workdir, jax.devices(), wanted.eval.batch_rows, "eval.batch_rows")
 
 
@@ -141,8 +145,19 @@ def connect(config: config_module.Config, workdir: Path, devices: list, rows: in
     processor = family.processor(workdir / "base")
     heads = processor.config.heads
     mesh = sharding.make_mesh(config.mesh, devices, rows=rows, heads=heads, rows_field=rows_field)
-    network = registry.build(config.model.family, processor.config, sharding.constrainer(mesh), config.model.remat)
+    network = registry.build(config.model.family, processor.config, _execution(config, mesh), config.model.lora)
     return Run(config, workdir, processor, mesh, network)
+
+
+def _execution(config: config_module.Config, mesh: jax.sharding.Mesh) -> Execution:
+    """Returns how the model runs on the mesh."""
+    asked = config.data.reference
+    branches = asked.questions if asked.questions > 1 and asked.layout == "independent" else 0
+    attend = attention.make(
+        config.model.attention, branches=branches, devices=list(mesh.devices.flat),
+        per_device=sharding.per_device(mesh),
+    )  # fmt: skip
+    return Execution(sharding.constrainer(mesh), attend, config.model.remat)
 
 
 def write_base(config: config_module.Config, base: Path) -> None:
@@ -178,14 +193,34 @@ def first_parameters(run: Run) -> dict:
 
 
 def import_parameters(network: registry.Network, folder: Path, mesh: jax.sharding.Mesh) -> dict:
-    """Returns the weights of a Hugging Face folder on the mesh, float32; one parameter at a time in host memory."""
+    """Returns the weights of a Hugging Face folder on the mesh, float32.
+
+    A host reads what its own devices hold: one device's share of one parameter at a time, in the dtype on disk.
+
+    Raises:
+      InputError: the folder is not complete, or its weights are quantized; before any weight is read.
+    """
+    weights = hf.open_folder(folder, network.rules, network.shapes)
     places = tree.flatten(sharding.parameter_places(mesh, network.axes, network.shapes))
-    leaves = {}
-    reading = hf.read_parameters(folder, network.rules, network.shapes)
-    for path, value in log.track(reading, len(network.rules), "parameters read"):
-        value = value.astype(np.float32)
-        leaves[path] = jax.make_array_from_callback(value.shape, places[path], lambda index, value=value: value[index])
-    return tree.unflatten(leaves)
+    paths = log.track(weights.rules, len(weights.rules), "parameters read")
+    return tree.unflatten({path: _import_one(weights, path, places[path]) for path in paths})
+
+
+def _import_one(weights: hf.Weights, path: str, place: jax.sharding.Sharding) -> jax.Array:
+    shape, holders, shards = weights.shapes[path], {}, []
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
+    for index, devices in holders.values():
+        stored = weights.read(path, index)
+        shards += [_float32(jax.device_put(stored, device)) for device in devices]
+        jax.block_until_ready(shards)  # the host lets go of this share before it reads the next
+    return jax.make_array_from_single_device_arrays(shape, place, shards)
+
+
+@jax.jit
+def _float32(stored: jax.Array) -> jax.Array:
+    """On the device: the host never holds a weight in float32."""
+    return stored.astype(np.float32)
 
 
 def trained_parameters(run: Run) -> tuple[int, dict]:
@@ -199,6 +234,17 @@ def trained_parameters(run: Run) -> tuple[int, dict]:
 
 
 def stored_dtype(folder: Path) -> np.dtype:
-    """Returns the dtype that config.json names for the weights."""
+    """Returns the dtype that config.json names for the weights.
+
+    Raises:
+      InputError: it is none that weights are written in.
+    """
     values = files.read_json(folder / "config.json", "use a complete Hugging Face folder")
-    return np.dtype(jax.numpy.dtype(values.get("torch_dtype") or values.get("dtype") or "float32"))
+    name = values.get("torch_dtype") or values.get("dtype") or "float32"
+    dtypes = {dtype.name: dtype for dtype in hf.DTYPES.values()}
+    if name not in dtypes:
+        raise InputError(
+            f"{folder}/config.json: weights are not written in this type", found=f"torch_dtype {name!r}",
+            expected=f"one of {list(dtypes)}", fix="correct torch_dtype in that file",
+        )  # fmt: skip
+    return dtypes[name]

@@ -1,7 +1,7 @@
 """The device mesh, and the one map from letters to its axes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ LETTER_AXES = {
     "D": ("fsdp",),
     "C": ("fsdp",),
     "H": ("tensor",),
+    "N": ("tensor",),
     "F": ("tensor",),
     "V": ("tensor",),
 }
@@ -99,6 +100,20 @@ def shard(mesh: jax.sharding.Mesh, letters: str, shape: tuple[int, ...] | None =
 def constrainer(mesh: jax.sharding.Mesh) -> Callable[[jax.Array, str], jax.Array]:
     """Returns constrain(array, letters), which pins an activation to its place on the mesh."""
     return lambda x, letters: jax.lax.with_sharding_constraint(x, shard(mesh, letters, x.shape))
+
+
+def per_device(mesh: jax.sharding.Mesh) -> Callable:
+    """Returns per_device(function, in_letters, out_letters): the function, run by each device on its part of arrays.
+
+    For kernels, which XLA cannot divide. Letters of an argument that is a tree hold for each of its arrays.
+    """
+
+    def divide(function: Callable, in_letters: Sequence[str], out_letters: str) -> Callable:
+        in_specs = tuple(spec(mesh, letters) for letters in in_letters)
+        out_spec = spec(mesh, out_letters)
+        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)
+
+    return divide
 
 
 def parameter_places(mesh: jax.sharding.Mesh, axes: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict:

@@ -25,7 +25,7 @@ LEVELS = (
     ("models.registry", "data.pipeline", "sharding", "log", "checkpoint"),
     ("run",),
     ("train.", "eval."),
-    ("release", "verify", "bench."),
+    ("release", "verify", "model_card", "snippet", "hub", "bench."),
     ("cli.",),
     ("__main__",),
 )

@@ -1,8 +1,9 @@
-"""Tiny random Qwen2.5-VL models, saved as Hugging Face folders, and the same samples for PyTorch and for JAX."""
+"""Tiny random models, saved as Hugging Face folders, and the same samples for PyTorch and for JAX."""
 
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from depthlm_jax import batch as batch_contract
@@ -18,8 +20,7 @@ from depthlm_jax import hf, tree
 from depthlm_jax.data import packing
 from depthlm_jax.hf import Rule
 from depthlm_jax.models import registry
-from depthlm_jax.models.qwen2_5_vl.folder import write_scratch
-from depthlm_jax.models.qwen2_5_vl.processor import Processor
+from depthlm_jax.models.layers import Execution
 
 torch.set_num_threads(1)
 QUESTION = "How far is the point pointed by the red arrow from the camera?"
@@ -44,6 +45,28 @@ def sizes(
             "num_heads": vision_heads, "out_hidden_size": hidden, "patch_size": patch, "spatial_merge_size": merge,
             "temporal_patch_size": 2, "window_size": window, "fullatt_block_indexes": full, "in_chans": 3,
             "hidden_act": "silu", "tokens_per_second": 2,
+        },
+    }  # fmt: skip
+
+
+def pixtral_sizes(
+    *, heads: int, kv_heads: int, head_dim: int, hidden: int, layers: int, inner: int, depth: int, vision_heads: int,
+    vision_head_width: int, vision_inner: int, patch: int, rms_norm_eps: float = 1e-5, rope_theta: float = 1e6,
+) -> dict:  # fmt: skip
+    """Returns config.json as published, without the fields that come from a tokenizer."""
+    return {
+        "model_type": "llava", "projector_hidden_act": "gelu", "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full", "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "mistral", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "hidden_act": "silu",
+            "rms_norm_eps": rms_norm_eps, "rope_theta": rope_theta, "max_position_embeddings": 1024,
+            "sliding_window": None,
+        },
+        "vision_config": {
+            "model_type": "pixtral", "hidden_size": vision_heads * vision_head_width, "num_hidden_layers": depth,
+            "intermediate_size": vision_inner, "num_attention_heads": vision_heads, "patch_size": patch,
+            "hidden_act": "silu", "image_size": 1024, "rope_theta": 1e4,
         },
     }  # fmt: skip
 
@@ -78,17 +101,79 @@ MODELS = {
         vision_heads=2, vision_head_width=8, vision_inner=32, patch=8, window=80, merge=3,
     ),
 }  # fmt: skip
+PIXTRAL_MODELS = {
+    "pixtral, heads as wide as the stream": pixtral_sizes(
+        heads=4, kv_heads=2, head_dim=16, hidden=64, layers=3, inner=96, depth=3, vision_heads=2,
+        vision_head_width=16, vision_inner=48, patch=16,
+    ),
+    "pixtral, narrower heads": pixtral_sizes(
+        heads=4, kv_heads=1, head_dim=8, hidden=56, layers=2, inner=80, depth=2, vision_heads=3, vision_head_width=8,
+        vision_inner=40, patch=8, rope_theta=1e9,
+    ),
+    "pixtral, wider heads, one layer": pixtral_sizes(
+        heads=2, kv_heads=2, head_dim=32, hidden=40, layers=1, inner=72, depth=1, vision_heads=4, vision_head_width=12,
+        vision_inner=64, patch=14, rms_norm_eps=1e-6,
+    ),
+    "pixtral, six heads share keys, deep tower": pixtral_sizes(
+        heads=6, kv_heads=1, head_dim=12, hidden=48, layers=4, inner=64, depth=6, vision_heads=1,
+        vision_head_width=24, vision_inner=36, patch=16, rope_theta=1e4,
+    ),
+}  # fmt: skip
+EVERY_MODEL = MODELS | PIXTRAL_MODELS
+ONE_OF_EACH = ["published pattern, twice a full block after three", "pixtral, narrower heads"]  # names in EVERY_MODEL
 # Sides in merged patches; the first list of each row are its samples.
 ROWS = [[[(3, 5), (6, 4)], [(1, 2), (5, 3)]], [[(2, 7), (4, 4)]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A family in transformers."""
+
+    config: type
+    model: type
+    image_processor: type
+    inputs: Callable  # (case, images) → what the PyTorch model takes for them
+    features: Callable  # (PyTorch model, inputs) → [M, D]: what the decoder sees of each merged patch
+
+
+def _qwen_inputs(case: "Case", images: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    patches = hf_image_processor(case.folder)(images, do_resize=False, return_tensors="pt")
+    return {"pixel_values": patches["pixel_values"], "image_grid_thw": patches["image_grid_thw"]}
+
+
+def _qwen_features(model, inputs: dict) -> torch.Tensor:
+    return model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+
+
+def _pixtral_inputs(case: "Case", images: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    seen = hf_image_processor(case.folder)(images, do_resize=False, return_tensors="np")
+    return {name: torch.tensor(seen[name]) for name in ("pixel_values", "image_sizes")}
+
+
+def _pixtral_features(model, inputs: dict) -> torch.Tensor:
+    return torch.cat(model.model.get_image_features(**inputs).pooler_output)
+
+
+PEERS = {
+    "qwen2_5_vl": Peer(
+        transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil,
+        _qwen_inputs, _qwen_features,
+    ),
+    "pixtral": Peer(
+        transformers.LlavaConfig, transformers.LlavaForConditionalGeneration, PixtralImageProcessorPil,
+        _pixtral_inputs, _pixtral_features,
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A model in both worlds."""
 
+    family: str
     folder: Path
-    hf_model: transformers.Qwen2_5_VLForConditionalGeneration
-    processor: Processor
+    hf_model: transformers.PreTrainedModel
+    processor: object
     network: registry.Network
     parameters: dict
 
@@ -96,21 +181,34 @@ class Case:
     def config(self):
         return self.processor.config
 
+    @property
+    def peer(self) -> Peer:
+        return PEERS[self.family]
+
     @functools.cached_property
     def jax_module(self) -> nnx.Module:
         """The module behind the network's functions, for tests of its parts."""
-        return module(self.config, self.parameters)
+        return module(self.family, self.config, self.parameters)
+
+    def hub_name(self, name: str) -> str:
+        """Returns the published name of a parameter of the transformers 5 model."""
+        return hub_name(name, self.family)
 
 
 def save(hf_config: dict, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0):
     """Returns the PyTorch model with random weights whose complete folder, in hub layout, it has written."""
-    write_scratch(hf_config, [QUESTION, ANSWER], folder)
-    config = transformers.Qwen2_5_VLConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    family = family_name(hf_config)
+    registry.family(family).write_scratch(hf_config, [QUESTION, ANSWER], folder)
+    peer = PEERS[family]
+    model = peer.model(peer.config.from_dict(json.loads((folder / "config.json").read_text()))).eval()
     randomise(model, seed)
-    model.to(dtype).save_pretrained(folder / "as_saved")  # its config.json is nested, unlike the published ones
+    model.to(dtype).save_pretrained(folder / "as_saved")  # its config.json is not in the published form
     (folder / "as_saved" / "model.safetensors").rename(folder / "model.safetensors")
     return model
+
+
+def family_name(hf_config: dict) -> str:
+    return next(name for name, this in registry.FAMILIES.items() if this.model_type == hf_config["model_type"])
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
@@ -130,20 +228,21 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def load(folder: Path, hf_model=None, remat: bool = False) -> Case:
-    processor = Processor(folder)
-    network = registry.build("qwen2_5_vl", processor.config, remat=remat)
+    family = registry.family_of(folder)
+    processor = registry.family(family).processor(folder)
+    network = registry.build(family, processor.config, Execution(remat=remat))
     leaves = hf.read_parameters(folder, network.rules, network.shapes)
     parameters = tree.unflatten({path: jnp.asarray(value) for path, value in leaves})
-    return Case(folder, hf_model, processor, network, parameters)
+    return Case(family, folder, hf_model, processor, network, parameters)
 
 
 def build(hf_config: dict, folder: Path) -> Case:
     return load(folder, save(hf_config, folder))
 
 
-def module(config, parameters: dict) -> nnx.Module:
-    this = registry.family("qwen2_5_vl").module
-    graph, _ = nnx.split(nnx.eval_shape(lambda: this(config, nnx.Rngs(0), lambda x, _: x, False)), nnx.Param)
+def module(family: str, config, parameters: dict) -> nnx.Module:
+    this = registry.family(family).module
+    graph, _ = nnx.split(nnx.eval_shape(lambda: this(config, nnx.Rngs(0), Execution())), nnx.Param)
     return nnx.merge(graph, nnx.State(parameters))
 
 
@@ -161,6 +260,7 @@ def random_images(config, grids: list[tuple[int, int]], seed: int) -> list[np.nd
 class Example:
     """One sample in both worlds; `torch_inputs` is what the PyTorch model takes."""
 
+    images: list[np.ndarray]
     sample: batch_contract.Sample
     torch_inputs: dict[str, torch.Tensor]
 
@@ -168,22 +268,20 @@ class Example:
 def example(case: Case, grids: list[tuple[int, int]], seed: int, answer: str | None = ANSWER) -> Example:
     images = random_images(case.config, grids, seed)
     sample = case.processor.encode(images, [(f"{QUESTION} {seed} times", answer)])
-    return Example(sample, torch_inputs(case, sample, images))
+    return Example(images, sample, torch_inputs(case, sample, images))
 
 
 def torch_inputs(case: Case, sample: batch_contract.Sample, images: list[np.ndarray]) -> dict[str, torch.Tensor]:
     """Returns what the PyTorch model takes for a sample of these images."""
-    patches = hf_image_processor(case.folder)(images, do_resize=False, return_tensors="pt")
     ids = torch.tensor(sample.tokens_T[None])
-    return {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == case.config.image_token_id).int(),
-        "pixel_values": patches["pixel_values"], "image_grid_thw": patches["image_grid_thw"],
-    }  # fmt: skip
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if case.family == "qwen2_5_vl":
+        inputs["mm_token_type_ids"] = (ids == case.config.image_token_id).int()
+    return inputs | case.peer.inputs(case, images)
 
 
-def hf_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
-    return Qwen2VLImageProcessorPil.from_pretrained(folder)
+def hf_image_processor(folder: Path):
+    return PEERS[registry.family_of(folder)].image_processor.from_pretrained(folder)
 
 
 def examples(case: Case) -> list[list[Example]]:
@@ -217,9 +315,11 @@ def answers_of(rows: list[list[batch_contract.Sample]], logits_BAV) -> list[list
     return shares
 
 
-def hub_name(name: str) -> str:
+def hub_name(name: str, family: str = "qwen2_5_vl") -> str:
     """Returns the published name of a parameter of a transformers 5 module."""
-    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+    names = registry.family(family).modules
+    hub = next((hub for hub, there in names.items() if name.startswith(there)), None)
+    return name if hub is None else name.replace(names[hub], hub, 1)
 
 
 def hub_tensors(rules: list[Rule], parameters: dict) -> dict[str, np.ndarray]:

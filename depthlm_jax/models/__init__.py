@@ -18,4 +18,5 @@ LETTERS = {
     "K": "head width",
     "F": "width of a feed-forward layer",
     "V": "vocabulary",
+    "R": "rank of low-rank factors",
 }

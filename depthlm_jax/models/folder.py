@@ -6,7 +6,7 @@ from pathlib import Path
 
 from depthlm_jax import files
 from depthlm_jax.errors import InputError
-from depthlm_jax.models.fields import require
+from depthlm_jax.models.hf_config import require
 from depthlm_jax.models.processor import TOKENIZER_FILES
 
 COPIED = ("*.json", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")

@@ -1,12 +1,15 @@
 """What the model families share."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-MAX_QUERIES, MIN_QUERIES = 1024, 128  # of a chunk: below the one memory is no concern, below the other speed is
+from depthlm_jax.models import attention
 
 
 class RMSNorm(nnx.Module):
@@ -22,6 +25,33 @@ class RMSNorm(nnx.Module):
         return (normed_D * self.scale[...].astype(jnp.float32)).astype(x_D.dtype)
 
 
+class Linear(nnx.Module):
+    """x · kernel + bias, and where `lora.add` has put factors: + x · lora_a · lora_b · scale.
+
+    The output may have several axes, such as (3, H) for queries, keys and values at once.
+    """
+
+    def __init__(self, width: int, out: int | tuple[int, ...], *, use_bias: bool, init: Callable, rngs: nnx.Rngs):
+        shape = (width, *np.atleast_1d(out).tolist())
+        self.kernel = nnx.Param(init(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(shape[1:])) if use_bias else None
+        self.lora_a = self.lora_b = nnx.data(None)
+        self.lora_scale, self.out_axes = 1.0, len(shape) - 1
+
+    def __call__(self, x_D: jax.Array, sum_dtype=None) -> jax.Array:
+        """`sum_dtype`: of the sum of products and of the result; None: that of the factors."""
+        product = functools.partial(jnp.tensordot, axes=1, preferred_element_type=sum_dtype)
+        y = product(x_D, self.kernel[...])
+        if self.lora_a is not None:
+            y += product(jnp.tensordot(x_D, self.lora_a[...], 1), self.lora_b[...]) * self.lora_scale
+        return y if self.bias is None else y + self.bias[...]
+
+
+def linear_of(initializer_range: float, rngs: nnx.Rngs) -> Callable:
+    """Returns Linear with normally distributed kernels."""
+    return functools.partial(Linear, init=nnx.initializers.normal(initializer_range), rngs=rngs)
+
+
 class GatedMlp(nnx.Module):
     """down(silu(gate(x)) · up(x))."""
 
@@ -32,6 +62,22 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x_D: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model runs. What it computes does not depend on it."""
+
+    constrain: Callable = lambda x, letters: x  # (array, letters) → array, pins an activation to its place on a mesh
+    attend: attention.Attend = attention.reference
+    remat: bool = False  # recompute a layer in the backward pass instead of keeping what it computed
+
+
+def normalised(patches_BPC: jax.Array, factor: float, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Returns (value · factor − mean) / std of each colour, float32; C is one colour plane after another."""
+    each = patches_BPC.shape[-1] // len(mean)
+    mean_C, std_C = (np.repeat(np.float32(values), each) for values in (mean, std))
+    return (patches_BPC.astype(jnp.float32) * np.float32(factor) - mean_C) / std_C
 
 
 def rope_frequencies(width: int, theta: float) -> jax.Array:
@@ -53,36 +99,6 @@ def rotate(x_BTNK: jax.Array, turn: Turn) -> jax.Array:
     low, high = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([low * cos_BT1k - high * sin_BT1k, high * cos_BT1k + low * sin_BT1k], axis=-1)
     return turned.astype(x_BTNK.dtype)
-
-
-def attention(q_BTNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Returns softmax(q·k / √K) v where the mask is true, softmax in float32; fewer key heads are shared (GQA).
-
-    Long rows go through it a chunk of queries at a time, recomputed in the backward pass: memory grows with chunk × S,
-    not with T × S.
-    """
-
-    def attend(queries: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q_BQNK, mask_BQS = queries
-        return jax.nn.dot_product_attention(q_BQNK, k_BSNK, v_BSNK, mask=mask_BQS[:, None], implementation="xla")
-
-    rows, length = q_BTNK.shape[:2]
-    chunk = query_chunk(length)
-    if chunk == length:
-        return attend((q_BTNK, mask_BTS))
-    chunks = [jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0) for x in (q_BTNK, mask_BTS)]
-    return jnp.moveaxis(jax.lax.map(jax.checkpoint(attend), tuple(chunks)), 0, 1).reshape(q_BTNK.shape)
-
-
-def query_chunk(length: int) -> int:
-    """Returns the queries of a chunk: the largest divisor of the length up to MAX_QUERIES, or all if it is small."""
-    divisor = max(d for d in range(1, min(length, MAX_QUERIES) + 1) if length % d == 0)
-    return divisor if divisor >= MIN_QUERIES else length
-
-
-def same_segment(queries_BT: jax.Array, keys_BS: jax.Array) -> jax.Array:
-    """Returns mask_BTS: true where query and key carry the same id."""
-    return queries_BT[:, :, None] == keys_BS[:, None, :]
 
 
 def scan_layers(layers: nnx.Module, step: Callable, carry, kinds: Sequence = (None,), *, per_layer=None, remat: bool):

@@ -2,26 +2,38 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 from flax import nnx
 
-from depthlm_jax import tree
+from depthlm_jax import files, tree
+from depthlm_jax.config import Lora
 from depthlm_jax.errors import InputError
 from depthlm_jax.hf import Rule
+from depthlm_jax.models import lora
+from depthlm_jax.models.layers import Execution
+from depthlm_jax.models.pixtral import config as pixtral_config
+from depthlm_jax.models.pixtral import folder as pixtral_folder
+from depthlm_jax.models.pixtral import model as pixtral_model
+from depthlm_jax.models.pixtral import processor as pixtral_processor
+from depthlm_jax.models.pixtral import weights as pixtral_weights
 from depthlm_jax.models.qwen2_5_vl import config as qwen2_5_vl_config
 from depthlm_jax.models.qwen2_5_vl import folder as qwen2_5_vl_folder
 from depthlm_jax.models.qwen2_5_vl import model as qwen2_5_vl_model
 from depthlm_jax.models.qwen2_5_vl import processor as qwen2_5_vl_processor
 from depthlm_jax.models.qwen2_5_vl import weights as qwen2_5_vl_weights
+from depthlm_jax.models.vision_language import VisionLanguage
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What a folder under models/ provides."""
 
+    model_type: str  # in config.json
     read_config: Callable  # (config.json, preprocessor_config.json) → config
-    module: type[nnx.Module]  # of (config, rngs, constrain, remat)
+    module: type[VisionLanguage]  # of (config, rngs, how)
     rules: Callable  # config → [Rule]
+    modules: dict[str, str]  # beginning of a tensor's name on the hub → of its module's in transformers 5
     processor: Callable  # folder → processor
     write_scratch: Callable  # (hf_config, texts, folder): the files of a folder but the weights, from nothing
     copy_published: Callable  # (folder, folder) → warnings: the same, copied in the hub's form
@@ -29,13 +41,25 @@ class Family:
 
 FAMILIES = {
     "qwen2_5_vl": Family(
+        model_type=qwen2_5_vl_config.MODEL_TYPE,
         read_config=qwen2_5_vl_config.read_config,
         module=qwen2_5_vl_model.Qwen25VL,
         rules=qwen2_5_vl_weights.rules,
+        modules=qwen2_5_vl_weights.MODULES,
         processor=qwen2_5_vl_processor.Processor,
         write_scratch=qwen2_5_vl_folder.write_scratch,
         copy_published=qwen2_5_vl_folder.copy_published,
-    )
+    ),
+    "pixtral": Family(
+        model_type=pixtral_config.MODEL_TYPE,
+        read_config=pixtral_config.read_config,
+        module=pixtral_model.Pixtral,
+        rules=pixtral_weights.rules,
+        modules=pixtral_weights.MODULES,
+        processor=pixtral_processor.Processor,
+        write_scratch=pixtral_folder.write_scratch,
+        copy_published=pixtral_folder.copy_published,
+    ),
 }
 
 
@@ -52,7 +76,8 @@ def family(name: str) -> Family:
 class Network:
     """A model without its parameters: pure functions of a nested dict of arrays."""
 
-    rules: list[Rule]
+    rules: list[Rule]  # of the parameters that a Hugging Face folder has
+    lora_rules: list[Rule]  # of those beside them
     abstract: dict  # parameters as ShapeDtypeStruct, float32
     init: Callable  # key → parameters
     logits: Callable  # (parameters, batch) → logits_BAV
@@ -66,31 +91,56 @@ class Network:
     @property
     def axes(self) -> dict[str, str]:
         """{path: letters of the parameter's axes}."""
-        return {rule.path: rule.axes for rule in self.rules}
+        return {rule.path: rule.axes for rule in [*self.rules, *self.lora_rules]}
 
 
-def build(name: str, config, constrain: Callable = lambda x, letters: x, remat: bool = False) -> Network:
+def family_of(folder: Path) -> str:
+    """Returns the name of the family that a Hugging Face folder is of.
+
+    Raises:
+      InputError: config.json is missing, or of a kind that is none of the families.
+    """
+    values = files.read_json(folder / "config.json", "give a complete Hugging Face folder")
+    names = {this.model_type: name for name, this in FAMILIES.items()}
+    found = values.get("model_type")
+    if found not in names:
+        raise InputError(
+            f"{folder}/config.json: another kind of model", found=f"model_type {found!r}",
+            expected=f"one of {sorted(names)}", fix="use a folder of one of these families",
+        )  # fmt: skip
+    return names[found]
+
+
+def build(name: str, config, how: Execution | None = None, low_rank: Lora | None = None) -> Network:
     """Returns the network of a family.
 
     Args:
       name: key of FAMILIES.
       config: what the family's `read_config` returned.
-      constrain: (array, letters) → array, pins activations to a mesh.
-      remat: recompute blocks in the backward pass.
+      how: it runs; None: on one device, keeping what the backward pass needs.
+      low_rank: factors to be added, if its pattern is not empty.
+
+    Raises:
+      InputError: the pattern matches no linear layer.
     """
     this = family(name)
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
-        return this.module(config, rngs, constrain, remat)
+        module = this.module(config, rngs, how or Execution())
+        if low_rank is not None and low_rank.pattern:
+            lora.add(module, low_rank, rngs)
+        return module
 
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
+    abstract, rules = nnx.to_pure_dict(state), this.rules(config)
 
     def bind(method: str) -> Callable:
         return lambda parameters, *args: getattr(nnx.merge(graph, nnx.State(parameters)), method)(*args)
 
     return Network(
-        rules=this.rules(config),
-        abstract=nnx.to_pure_dict(abstract),
+        rules=rules,
+        lora_rules=lora.rules(rules, set(tree.flatten(abstract))),
+        abstract=abstract,
         init=lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param)),
         logits=bind("logits"),
         prefill=bind("prefill"),

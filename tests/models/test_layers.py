@@ -2,33 +2,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from flax import nnx
 
 from depthlm_jax.models import layers
 
 
-@pytest.mark.parametrize("length, chunk", [(100, 100), (1024, 1024), (2304, 768), (9152, 832), (2 * 1031, 2 * 1031)])
-def test_query_chunks_divide_the_length(length, chunk):
-    assert layers.query_chunk(length) == chunk
-    assert length % chunk == 0
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).normal(size=shape).astype(np.float32)
 
 
-def test_attention_in_chunks_of_queries_is_the_same(monkeypatch):
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (2, 48, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=True))
-    segments = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 2]], 16, axis=1))
-    mask = layers.same_segment(segments, segments) & np.tri(48, dtype=bool)
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("kinds", ["a", "b", "abab", "baa", "aabaab", "abba", "aaab", "abbbab"])
+def test_scan_equals_a_loop(kinds, remat):
+    stacked = layers.stack(lambda r: nnx.Linear(4, 4, rngs=r), len(kinds), nnx.Rngs(0))
+    carry, x_L2 = jnp.asarray(normal(3, 4)), jnp.asarray(normal(len(kinds), 2))
 
-    def both(q, k, v):
-        out = layers.attention(q, k, v, mask)
-        return jnp.sum(out**2), out
+    def step(layer, carry, kind, x_2):
+        carry = carry + (jnp.tanh(layer(carry)) if kind == "a" else jnp.sin(layer(carry)) * x_2.mean())
+        return carry, {"sum": carry.sum(-1), "x": x_2}
 
-    gradient = jax.grad(both, argnums=(0, 1, 2), has_aux=True)
-    whole = gradient(q, k, v)
-    monkeypatch.setattr(layers, "MAX_QUERIES", 20)
-    monkeypatch.setattr(layers, "MIN_QUERIES", 4)
-    assert layers.query_chunk(48) == 16
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(gradient(q, k, v)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    found, outputs = layers.scan_layers(stacked, step, carry, kinds, per_layer=x_L2, remat=remat)
+    expected, expected_outputs = carry, []
+    for number, kind in enumerate(kinds):
+        expected, output = step(tiny.layer_of(stacked, number), expected, kind, x_L2[number])
+        expected_outputs.append(output)
+    assert tiny.distance(found, expected) <= 1e-6
+    expected_sums = jnp.stack([output["sum"] for output in expected_outputs])
+    assert tiny.distance(outputs["sum"], expected_sums) <= 1e-6 * max(1, jnp.abs(expected_sums).max())
+    assert tiny.distance(outputs["x"], x_L2) == 0
+
+
+def test_a_deeper_stack_is_not_a_longer_program():
+    def matrix_products(kinds: str) -> int:
+        stacked = layers.stack(lambda r: nnx.Linear(4, 4, rngs=r), len(kinds), nnx.Rngs(0))
+
+        def step(layer, carry, kind, _):
+            return layer(carry) if kind == "a" else jnp.tanh(layer(carry)), None
+
+        return str(
+            jax.make_jaxpr(lambda x: layers.scan_layers(stacked, step, x, kinds, remat=False))(jnp.ones((3, 4)))
+        ).count("dot_general")
+
+    assert matrix_products("aaab" * 5) == matrix_products("aaab") == 2
 
 
 @pytest.mark.parametrize(

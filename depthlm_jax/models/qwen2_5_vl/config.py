@@ -3,7 +3,7 @@
 import dataclasses
 
 from depthlm_jax.errors import InputError
-from depthlm_jax.models.fields import require, require_value
+from depthlm_jax.models.hf_config import DecoderSizes, require, require_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,7 @@ class Vision:
 @dataclasses.dataclass(frozen=True)
 class Qwen25VLConfig:
     vision: Vision
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    rms_norm_eps: float
+    decoder: DecoderSizes
     rope_theta: float
     mrope_section: tuple[int, ...]
     tie_word_embeddings: bool
@@ -49,12 +43,7 @@ class Qwen25VLConfig:
     image_std: tuple[float, ...]
     min_pixels: int
     max_pixels: int
-    initializer_range: float = 0.02
     longest_px: int = 0  # of an image's side: no limit
-
-    @property
-    def head_width(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def grid_px(self) -> int:
@@ -79,8 +68,8 @@ class Qwen25VLConfig:
     def heads(self) -> dict[str, int]:
         """Head counts that a tensor axis has to divide."""
         return {
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
+            "num_attention_heads": self.decoder.num_attention_heads,
+            "num_key_value_heads": self.decoder.num_key_value_heads,
             "vision_config.num_heads": self.vision.num_heads,
         }
 
@@ -119,7 +108,13 @@ def read_config(hf_config: dict, preprocessor: dict) -> Qwen25VLConfig:
     require_value(vision, "hidden_act", "silu")
     rope_type = rope.get("rope_type") or rope.get("type", "default")
     require_value({"rope_type": "default" if rope_type == "mrope" else rope_type}, "rope_type", "default")
+    heads, hidden = require(text, "num_attention_heads"), require(text, "hidden_size")
+    sizes = {name: require(text, name) for name in TEXT_SIZES}
     config = Qwen25VLConfig(
+        decoder=DecoderSizes(
+            **sizes, head_width=hidden // heads, initializer_range=float(text.get("initializer_range", 0.02)),
+            attention_bias=True,
+        ),
         vision=Vision(**{**_take(Vision, vision), "fullatt_block_indexes": tuple(vision["fullatt_block_indexes"])}),
         rope_theta=float(text.get("rope_theta") or require(rope, "rope_theta")),
         mrope_section=tuple(require(rope, "mrope_section")),
@@ -128,29 +123,28 @@ def read_config(hf_config: dict, preprocessor: dict) -> Qwen25VLConfig:
         min_pixels=_pixel_limit(preprocessor, "min_pixels", "shortest_edge"),
         max_pixels=_pixel_limit(preprocessor, "max_pixels", "longest_edge"),
         tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        initializer_range=float(text.get("initializer_range", 0.02)),
-        **{name: require(text, name) for name in TEXT_SIZES},
-    )
+        image_token_id=require(text, "image_token_id"),
+    )  # fmt: skip
     _check(config)
     return config
 
 
 TEXT_SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "vocab_size", "rms_norm_eps", "image_token_id",
+    "vocab_size", "rms_norm_eps",
 )  # fmt: skip
 
 
 def _check(config: Qwen25VLConfig) -> None:
-    if sum(config.mrope_section) * 2 != config.head_width:
+    if sum(config.mrope_section) * 2 != config.decoder.head_width:
         raise InputError(
             "config.json: mrope_section does not fill the heads", found=f"sum of {config.mrope_section}",
-            expected=f"half the head width, {config.head_width // 2}", fix="correct rope_scaling.mrope_section",
+            expected=f"half the head width, {config.decoder.head_width // 2}", fix="correct rope_scaling.mrope_section",
         )  # fmt: skip
-    if config.vision.out_hidden_size != config.hidden_size:
+    if config.vision.out_hidden_size != config.decoder.hidden_size:
         raise InputError(
             "config.json: vision and text widths differ", found=f"out_hidden_size {config.vision.out_hidden_size}",
-            expected=f"hidden_size {config.hidden_size}", fix="correct vision_config.out_hidden_size",
+            expected=f"hidden_size {config.decoder.hidden_size}", fix="correct vision_config.out_hidden_size",
         )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import transformers
 
 from depthlm_jax import files
 from depthlm_jax.models import folder
-from depthlm_jax.models.fields import require
 from depthlm_jax.models.folder import hub_dtype
+from depthlm_jax.models.hf_config import require
 from depthlm_jax.models.qwen2_5_vl.config import MODEL_TYPE, PREPROCESSOR
 from depthlm_jax.models.qwen2_5_vl.tokenizer import FORMAT
 from depthlm_jax.models.tokenizer import build_small_tokenizer

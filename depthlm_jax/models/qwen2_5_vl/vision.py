@@ -8,18 +8,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from depthlm_jax.models.attention import Among, masked
+from depthlm_jax.models.decoder import Attend
 from depthlm_jax.models.layers import (
+    Execution,
     GatedMlp,
     RMSNorm,
     Turn,
-    attention,
+    linear_of,
+    normalised,
     rope_frequencies,
     rope_turn,
     rotate,
-    same_segment,
     scan_layers,
     stack,
 )
@@ -29,41 +31,29 @@ NORM_EPS = 1e-6  # Source: HF Qwen2_5_VLVisionBlock, a constant there too
 ROPE_THETA = 10000.0
 
 
-class FusedProjection(nnx.Module):
-    """Linear to queries, keys and values at once; kernel_D3H keeps them apart so that heads can be sharded."""
-
-    def __init__(self, width: int, rngs: nnx.Rngs, init: Callable):
-        self.kernel = nnx.Param(init(rngs.params(), (width, 3, width)))
-        self.bias = nnx.Param(jnp.zeros((3, width)))
-
-    def __call__(self, x_BPD: jax.Array) -> jax.Array:
-        return jnp.einsum("bpd,dch->bpch", x_BPD, self.kernel[...]) + self.bias[...]
-
-
 class VisionAttention(nnx.Module):
-    def __init__(self, config: Vision, rngs: nnx.Rngs, init: Callable, linear: Callable):
-        self.qkv = FusedProjection(config.hidden_size, rngs, init)
+    """The kernel_D3H keeps queries, keys and values apart, so that heads can be sharded."""
+
+    def __init__(self, config: Vision, linear: Callable):
+        self.qkv = linear(config.hidden_size, (3, config.hidden_size), use_bias=True)
         self.proj = linear(config.hidden_size, config.hidden_size, use_bias=True)
         self.heads = config.num_heads
 
-    def __call__(self, x_BPD: jax.Array, turn: Turn, image_id_BP: jax.Array, window: int) -> jax.Array:
-        """`window`: slots that see each other, the whole row for full attention."""
+    def __call__(self, x_BPD: jax.Array, turn: Turn, attend: Attend) -> jax.Array:
         rows, slots, width = x_BPD.shape
         q, k, v = jnp.moveaxis(self.qkv(x_BPD).reshape(rows, slots, 3, self.heads, width // self.heads), 2, 0)
-        q, k = rotate(q, turn), rotate(k, turn)
-        q, k, v, ids = (a.reshape(rows * slots // window, window, *a.shape[2:]) for a in (q, k, v, image_id_BP))
-        return self.proj(attention(q, k, v, same_segment(ids, ids)).reshape(rows, slots, width))
+        return self.proj(attend(rotate(q, turn), rotate(k, turn), v).reshape(rows, slots, width))
 
 
 class VisionBlock(nnx.Module):
-    def __init__(self, config: Vision, rngs: nnx.Rngs, init: Callable, linear: Callable):
+    def __init__(self, config: Vision, linear: Callable):
         self.norm1 = RMSNorm(config.hidden_size, NORM_EPS)
         self.norm2 = RMSNorm(config.hidden_size, NORM_EPS)
-        self.attn = VisionAttention(config, rngs, init, linear)
+        self.attn = VisionAttention(config, linear)
         self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, use_bias=True, linear=linear)
 
-    def __call__(self, x_BPD: jax.Array, turn: Turn, image_id_BP: jax.Array, window: int) -> jax.Array:
-        x_BPD = x_BPD + self.attn(self.norm1(x_BPD), turn, image_id_BP, window)
+    def __call__(self, x_BPD: jax.Array, turn: Turn, attend: Attend) -> jax.Array:
+        x_BPD = x_BPD + self.attn(self.norm1(x_BPD), turn, attend)
         return x_BPD + self.mlp(self.norm2(x_BPD))
 
 
@@ -94,43 +84,41 @@ class PatchMerger(nnx.Module):
 class VisionTower(nnx.Module):
     """Source: HF Qwen2_5_VisionTransformerPretrainedModel."""
 
-    def __init__(self, config: Qwen25VLConfig, rngs: nnx.Rngs, make_linear: Callable, constrain: Callable, remat: bool):
-        vision = config.vision
-        init = nnx.initializers.normal(config.initializer_range)
-        self.patch_embed = nnx.Dict(proj=PatchEmbed(config, rngs, init))
-        self.blocks = stack(lambda r: VisionBlock(vision, r, init, make_linear(r)), vision.depth, rngs)
-        self.merger = PatchMerger(vision, make_linear(rngs))
-        self.config, self.constrain, self.remat = config, constrain, remat
+    def __init__(self, config: Qwen25VLConfig, rngs: nnx.Rngs, how: Execution):
+        vision, spread = config.vision, config.decoder.initializer_range
+        self.patch_embed = nnx.Dict(proj=PatchEmbed(config, rngs, nnx.initializers.normal(spread)))
+        self.blocks = stack(lambda r: VisionBlock(vision, linear_of(spread, r)), vision.depth, rngs)
+        self.merger = PatchMerger(vision, linear_of(spread, rngs))
+        self.config, self.how = config, how
 
     def __call__(self, patches_BPC: jax.Array, patch_rc_BP2: jax.Array, image_id_BP: jax.Array) -> jax.Array:
-        """Returns merged_BMD, in the order of the patch slots.
-
-        Args:
-          patches_BPC: uint8, one channel plane after another, as HF flattens a frame of a patch.
-          patch_rc_BP2: row and column of the patch in its image.
-          image_id_BP: from 1; 0 = padding.
-        """
+        """Returns merged_BMD; see VisionLanguage.see."""
         dtype = self.merger.mlp_0.kernel[...].dtype
-        hidden_BPD = self.patch_embed["proj"](self.normalise(patches_BPC).astype(dtype))
-        turn = self.turn(patch_rc_BP2)
-        full = self.config.vision.fullatt_block_indexes
-        window, slots = self.config.vision.window_patches, patches_BPC.shape[1]
+        pixels_BPC = normalised(patches_BPC, 1 / 255, self.config.image_mean, self.config.image_std)
+        hidden_BPD = self.patch_embed["proj"](pixels_BPC.astype(dtype))
+        turn, vision = self.turn(patch_rc_BP2), self.config.vision
+        attend = {True: self.among_images(image_id_BP), False: self.among_windows(image_id_BP)}
 
         def step(block: VisionBlock, hidden_BPD: jax.Array, is_full: bool, _):
-            hidden_BPD = block(hidden_BPD, turn, image_id_BP, slots if is_full else window)
-            return self.constrain(hidden_BPD, "BPD"), None
+            return self.how.constrain(block(hidden_BPD, turn, attend[is_full]), "BPD"), None
 
-        kinds = [layer in full for layer in range(self.config.vision.depth)]
-        hidden_BPD, _ = scan_layers(self.blocks, step, hidden_BPD, kinds, remat=self.remat)
-        return self.constrain(self.merger(hidden_BPD), "BMD")
+        kinds = [layer in vision.fullatt_block_indexes for layer in range(vision.depth)]
+        hidden_BPD, _ = scan_layers(self.blocks, step, hidden_BPD, kinds, remat=self.how.remat)
+        return self.how.constrain(self.merger(hidden_BPD), "BMD")
 
-    def normalise(self, patches_BPC: jax.Array) -> jax.Array:
-        """Returns (value / 255 − mean) / std of each colour, float32."""
-        mean_C, std_C = (
-            np.repeat(np.float32(values), self.config.vision.patch_size**2)
-            for values in (self.config.image_mean, self.config.image_std)
-        )
-        return (patches_BPC.astype(jnp.float32) / 255 - mean_C) / std_C
+    def among_images(self, image_id_BP: jax.Array) -> Attend:
+        """Returns full attention: a patch sees its image."""
+        return lambda q, k, v: self.how.attend(q, k, v, Among(image_id_BP))
+
+    def among_windows(self, image_id_BP: jax.Array) -> Attend:
+        """Returns window attention: a dense batch of windows, no mask but padding."""
+
+        def windows(a: jax.Array) -> jax.Array:
+            return a.reshape(-1, self.config.vision.window_patches, *a.shape[2:])
+
+        ids = windows(image_id_BP)
+        seen = ids[:, :, None] == ids[:, None, :]
+        return lambda q, k, v: masked(windows(q), windows(k), windows(v), seen).reshape(q.shape)
 
     def turn(self, patch_rc_BP2: jax.Array) -> Turn:
         """Returns the rotation of each patch: row in the first half of the pairs, column in the second."""

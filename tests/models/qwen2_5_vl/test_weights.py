@@ -56,6 +56,11 @@ def parameters_of(folder) -> dict[str, np.ndarray]:
     return dict(hf.read_parameters(folder, network.rules, network.shapes))
 
 
+def write_parameters(folder, network: registry.Network, parameters: dict[str, np.ndarray], dtype) -> None:
+    in_order = ((rule.path, parameters[rule.path]) for rule in network.rules)
+    hf.write_parameters(folder, network.rules, network.shapes, dtype, in_order)
+
+
 def tensors_of(folder) -> dict[str, np.ndarray]:
     files = sorted(folder.glob("*.safetensors"))
     return {name: value for file in files for name, value in safetensors.numpy.load_file(file).items()}
@@ -75,7 +80,7 @@ def test_there_and_back(saved, tmp_path, monkeypatch, sharded):
         monkeypatch.setattr(hf, "SHARD_BYTES", 40_000)
     network = network_of(folder)
     copy_published(folder, tmp_path)
-    hf.write_parameters(tmp_path, network.rules, parameters_of(folder), DTYPES[dtype])
+    write_parameters(tmp_path, network, parameters_of(folder), DTYPES[dtype])
     tensors = tensors_of(folder)
     assert_same_bits(tensors_of(tmp_path), tensors)
     assert_same_bits(parameters_of(tmp_path), parameters_of(folder))
@@ -116,7 +121,7 @@ def test_random_parameters_become_a_folder(good_folder, tmp_path):
     network = network_of(good_folder)
     parameters = tree.flatten(network.init(jax.random.key(0)))
     assert {path: value.shape for path, value in parameters.items()} == network.shapes
-    hf.write_parameters(tmp_path, network.rules, parameters, np.float32)
+    write_parameters(tmp_path, network, parameters, np.float32)
     copy_published(good_folder, tmp_path)
     assert_same_bits(parameters_of(tmp_path), {path: np.asarray(value) for path, value in parameters.items()})
 
@@ -148,7 +153,7 @@ def test_transformers_4_reads_what_we_write(name, tmp_path):
     written = tmp_path / "written"
     copy_published(tmp_path / "source", written)
     network = network_of(tmp_path / "source")
-    hf.write_parameters(written, network.rules, parameters_of(tmp_path / "source"), np.float32)
+    write_parameters(written, network, parameters_of(tmp_path / "source"), np.float32)
 
     case = tiny.load(written)
     example = tiny.example(case, [(3, 5), (6, 4)], seed=0)
@@ -218,7 +223,7 @@ def test_absent_shard(good_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "SHARD_BYTES", 100_000)
     network = network_of(good_folder)
     copy_published(good_folder, tmp_path)
-    hf.write_parameters(tmp_path, network.rules, parameters_of(good_folder), np.float32)
+    write_parameters(tmp_path, network, parameters_of(good_folder), np.float32)
     absent = sorted(tmp_path.glob("*.safetensors"))[1]
     absent.unlink()
     text = refused(tmp_path)

@@ -1,6 +1,24 @@
-"""Fields of the JSON files of a Hugging Face folder: errors that name them."""
+"""What the families share of config.json: the decoder's sizes, and errors that name a field. Host only."""
+
+import dataclasses
 
 from depthlm_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSizes:
+    """Names of config.json, but for two."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_width: int
+    vocab_size: int
+    rms_norm_eps: float
+    initializer_range: float
+    attention_bias: bool  # of the projections to queries, keys and values
 
 
 def require(values: dict, name: str):
