@@ -1,6 +1,7 @@
 """A Hugging Face folder in PyTorch and in JAX, side by side, float32."""
 
 import importlib.util
+import inspect
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ DEPTHS_M = (1.87, 24.6)
 NEW_TOKENS = 32
 
 
-def verify(folder: Path, family_name: str) -> dict[str, float | bool]:
+def verify(folder: Path) -> dict[str, float | bool]:
     """Returns how far JAX is from PyTorch: max_abs_logit_diff, kl (nat), loss_diff, greedy_equal.
 
     Compared at every text position of two conversations with images of different sizes.
@@ -36,8 +37,8 @@ def verify(folder: Path, family_name: str) -> dict[str, float | bool]:
             "verify needs PyTorch", found="no package torch", expected="torch beside jax",
             fix="pip install torch (the CPU build is enough)",
         )  # fmt: skip
-    family = registry.family(family_name)
-    processor = family.processor(folder)
+    family_name = registry.family_of(folder)
+    processor = registry.family(family_name).processor(folder)
     rng = np.random.default_rng(0)
     images = [
         rng.integers(0, 256, (rows * processor.config.grid_px, columns * processor.config.grid_px, 3), dtype=np.uint8)
@@ -92,9 +93,9 @@ def _run_torch(folder: Path, processor, images) -> tuple[list[np.ndarray], list[
         seen = {name: torch.tensor(value) for name, value in pixels(images=[image], return_tensors="np").items()}
         whole, prompt = _sample(processor, image, depth_m), processor.encode([image], [(tasks.QUESTION, None)])
         with torch.no_grad():
-            row = model(**_torch_inputs(whole, processor), **seen).logits[0].numpy()
+            row = model(**_torch_inputs(model, whole, processor), **seen).logits[0].numpy()
             said = model.generate(
-                **_torch_inputs(prompt, processor), **seen, max_new_tokens=NEW_TOKENS, do_sample=False,
+                **_torch_inputs(model, prompt, processor), **seen, max_new_tokens=NEW_TOKENS, do_sample=False,
                 eos_token_id=list(processor.stop_tokens), pad_token_id=processor.pad_token,
             )  # fmt: skip
         logits.append(row[whole.answer_index_A])
@@ -102,12 +103,14 @@ def _run_torch(folder: Path, processor, images) -> tuple[list[np.ndarray], list[
     return logits, tokens
 
 
-def _torch_inputs(sample: Sample, processor) -> dict:
+def _torch_inputs(model, sample: Sample, processor) -> dict:
     import torch
 
     ids = torch.tensor(sample.tokens_T[None])
-    is_image = (ids == processor.config.image_token_id).long()
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": is_image}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == processor.config.image_token_id).long()
+    return inputs
 
 
 def _loss(logits_AV: np.ndarray, processor, image: np.ndarray, depth_m: float) -> float:

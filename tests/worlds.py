@@ -24,6 +24,20 @@ HF_CONFIG = dict(
         hidden_act="silu", tokens_per_second=2,
     ),
 )  # fmt: skip
+PIXTRAL_CONFIG = dict(
+    model_type="llava", projector_hidden_act="gelu", vision_feature_layer=-1, vision_feature_select_strategy="full",
+    text_config=dict(
+        model_type="mistral", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=16, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=10000.0,
+        max_position_embeddings=1024, sliding_window=None, initializer_range=0.08,
+    ),
+    vision_config=dict(
+        model_type="pixtral", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        patch_size=16, hidden_act="silu", image_size=1024, rope_theta=10000.0, initializer_range=0.08,
+    ),
+)  # fmt: skip
+HF_CONFIGS = {"qwen2_5_vl": HF_CONFIG, "pixtral": PIXTRAL_CONFIG}
+PIXTRAL = {"model.family": "pixtral", "model.hf_config": PIXTRAL_CONFIG}  # changes that make a recipe one of Pixtral
 SMALL = {
     "data.geometry.focal_px": 50.0, "data.geometry.crop_width": (48, 48), "data.geometry.crop_height": (48, 48),
     "data.reference.scale": 1, "data.global_batch_rows": 8, "data.max_tokens": 125, "data.max_patches": 64,
@@ -66,13 +80,14 @@ def two_sources(scenes: Path, changes: dict) -> config_module.Config:
 
 def processor(hf_config: dict, folder: Path):
     """Returns a processor with these sizes and a vocabulary of its own."""
-    family, texts = registry.family("qwen2_5_vl"), ["system\n", "user\n", "assistant\n", tasks.SYSTEM, tasks.QUESTION]
-    family.write_scratch(hf_config, [*texts, tasks.answer_text(1.23)], folder)
+    texts = ["system\n", "user\n", "assistant\n", tasks.SYSTEM, tasks.QUESTION, tasks.answer_text(1.23)]
+    family = "pixtral" if hf_config.get("model_type") == "llava" else "qwen2_5_vl"
+    registry.family(family).write_scratch(hf_config, texts, folder)
     return processor_of(folder)
 
 
 def processor_of(folder: Path):
-    return registry.family("qwen2_5_vl").processor(Path(folder))
+    return registry.family(registry.family_of(Path(folder))).processor(Path(folder))
 
 
 def write_jsonl(scenes: Path, folder: Path, count: int) -> Path:

@@ -2,7 +2,6 @@
 
 from absl import flags
 
-from depthlm_jax import config as config_module
 from depthlm_jax import log
 from depthlm_jax import verify as verification
 from depthlm_jax.cli import command
@@ -17,7 +16,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> dict:
     folder = command.read_path(values, "hf_dir")
-    found = verification.verify(folder, config_module.Model.family)
+    found = verification.verify(folder)
     for name, limit in LIMITS.items():
         log.say(f"{name:20} {found[name]:.3g}   (limit {limit:g})")
     log.say(f"{'greedy_equal':20} {found['greedy_equal']}")
