@@ -1,15 +1,19 @@
 """Checkpoints of a run, behind Orbax: parameters, optimizer, step, position in the data, config."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from depthlm_jax import config as config_module
+from depthlm_jax import tree
 from depthlm_jax.errors import InputError
 
 KEPT = 2  # checkpoints on disk: the last, and the one before in case the last is lost
+CHUNK_BYTES = 2**26  # of a parameter on disk; whoever reads it holds a few chunks beside it, instead of all of it again
 
 
 class Checkpoints:
@@ -35,8 +39,9 @@ class Checkpoints:
         """Starts to write a checkpoint; raises what the save before it failed with."""
         self.manager.check_for_errors()
         run = {"data": data_state, "config": dataclasses.asdict(config)}
+        chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
         items = ocp.args.Composite(
-            parameters=ocp.args.StandardSave(parameters),
+            parameters=ocp.args.StandardSave(parameters, save_args=jax.tree.map(lambda _: chunks, parameters)),
             optimizer=ocp.args.StandardSave(optimizer),
             run=ocp.args.JsonSave(run),
         )
@@ -58,7 +63,7 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(optimizer),
             run=ocp.args.JsonRestore(),
         )
-        found = self._read(step, items)
+        found = self._read(step, lambda: self.manager.restore(step, args=items))
         return found["parameters"], found["optimizer"], found["run"]
 
     def restore_parameters(self, parameters: dict) -> tuple[int, dict]:
@@ -67,15 +72,47 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, or it is damaged.
         """
+        step = self._saved_step()
+        items = ocp.args.Composite(parameters=ocp.args.StandardRestore(parameters))
+        return step, self._read(step, lambda: self.manager.restore(step, args=items))["parameters"]
+
+    def open_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, Callable[[str], np.ndarray]]:
+        """Returns the latest step, and a function of a path that reads this one parameter into host memory.
+
+        Args:
+          shapes: of all parameters, by path.
+
+        Raises:
+          InputError: there is no checkpoint, its parameters are others, or (the function, too) it is damaged.
+        """
+        step = self._saved_step()
+        folder, reader = self.folder / str(step) / "parameters", ocp.PyTreeCheckpointHandler()
+        saved = self._read(step, lambda: tree.flatten(reader.metadata(folder).tree))
+        differ = sorted(path for path in saved.keys() | shapes.keys() if not _same(path, saved, shapes))
+        if differ:
+            raise InputError(
+                f"{folder}: parameters of another model", found=f"{len(differ)} differ: {differ[:4]}",
+                expected=f"the {len(shapes)} parameters that base/config.json implies",
+                fix="restore the base folder that the run began with",
+            )  # fmt: skip
+
+        def read(path: str) -> np.ndarray:
+            wanted = ocp.RestoreArgs(restore_type=np.ndarray)  # not through a device: it would be held twice
+            item, wanted = (tree.unflatten({path: value}) for value in (0, wanted))
+            args = ocp.args.PyTreeRestore(item=item, restore_args=wanted, partial_restore=True)
+            return tree.flatten(self._read(step, lambda: reader.restore(folder, args=args)))[path]
+
+        return step, read
+
+    def _saved_step(self) -> int:
         step = self.latest_step
         if step is None:
             raise self._none()
-        items = ocp.args.Composite(parameters=ocp.args.StandardRestore(parameters))
-        return step, self._read(step, items)["parameters"]
+        return step
 
-    def _read(self, step: int, items: ocp.args.Composite):
+    def _read(self, step: int, read: Callable):
         try:
-            return self.manager.restore(step, args=items)
+            return read()
         except Exception as error:  # noqa: BLE001 Orbax and TensorStore raise many kinds for a lost or cut file
             others = [other for other in self.manager.all_steps() if other != step]
             raise InputError(
@@ -96,6 +133,10 @@ class Checkpoints:
         self.manager.close()
 
 
-def abstract(tree, shardings):
-    """Returns the tree as ShapeDtypeStructs with shardings, the target of a restore."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+def _same(path: str, saved: Mapping, shapes: Mapping) -> bool:
+    return path in saved and path in shapes and tuple(saved[path].shape) == tuple(shapes[path])
+
+
+def abstract(arrays, shardings):
+    """Returns the tree of arrays as ShapeDtypeStructs with shardings, the target of a restore."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays, shardings)

@@ -223,12 +223,6 @@ RANGES = {  # of numbers, both ends included
     "optim.warmup_ratio": (0, 1), "optim.adam_b1": (0, 1), "optim.adam_b2": (0, 1), "optim.adam_eps": (0, 1),
     "optim.max_grad_norm": (1e-12, 2**31 - 1), "optim.groups.*.factor": AMOUNT,
 }  # fmt: skip
-MIXTURE = ("data.sources", "data.mixture")  # may be changed on the way
-# What may differ between a workdir and the run that continues it: the mixture, and what changes speed or reporting.
-FREE_TO_CHANGE = (
-    *MIXTURE, "mesh", "eval", "model.attention", "train.save_steps", "train.logging_steps", "data.workers",
-    "data.read_threads", "data.prefetch_rows", "data.max_bad_records",
-)  # fmt: skip
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -410,32 +404,3 @@ def load(file: Path) -> Config:
 def from_dict(values: dict) -> Config:
     """Returns the config whose nested dict this is."""
     return _parse_section(Config, values, "")
-
-
-def differences(saved: Config, current: Config) -> list[str]:
-    """Returns a line for each field that is not free to change and differs."""
-    return [line for path, line in _differing(saved, current) if not path.startswith(FREE_TO_CHANGE)]
-
-
-def mixture_changes(saved: Config, current: Config) -> list[str]:
-    """Returns a line for each field of the mixture that differs."""
-    return [line for path, line in _differing(saved, current) if path.startswith(MIXTURE)]
-
-
-def _differing(saved: Config, current: Config) -> list[tuple[str, str]]:
-    before, now = flatten(saved), flatten(current)
-    return [
-        (path, f"{path}: {before.get(path)!r} there, {now.get(path)!r} here")
-        for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path)
-    ]
-
-
-def check_same_run(saved: Config, current: Config, where: str) -> None:
-    """Raises InputError, naming each difference, if `current` cannot continue the run of `saved`."""
-    found = differences(saved, current)
-    if found:
-        raise InputError(
-            f"{where} holds a run of another config", found="; ".join(found), expected="the same values",
-            fix="give a new --workdir, or the config that this one was started with",
-        )  # fmt: skip

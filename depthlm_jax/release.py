@@ -6,38 +6,40 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from depthlm_jax import config as config_module
-from depthlm_jax import files, hf, log, tree
+from depthlm_jax import files, hf, log
+from depthlm_jax.checkpoint import Checkpoints
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import registry
-from depthlm_jax.run import Run, stored_dtype, trained_parameters
+from depthlm_jax.run import Run, stored_dtype
 
 NOTE = "depthlm"  # key in config.json; other readers ignore it
 
 
 def export_run(run: Run, output: Path) -> int:
-    """Returns the step whose parameters were written to `output`, in the dtype that the base folder names."""
-    with _staged(output) as staging:
-        step, parameters = trained_parameters(run)
+    """Returns the step whose parameters were written to `output`, in the dtype that the base folder names.
+
+    One parameter at a time is in host memory.
+    """
+    rules, shapes = run.network.rules, run.network.shapes
+    with _staged(output) as staging, contextlib.closing(Checkpoints(run.workdir, read_only=True)) as checkpoints:
+        step, read = checkpoints.open_parameters(shapes)
+        parameters = ((rule.path, read(rule.path)) for rule in rules)
         registry.family(run.config.model.family).copy_published(run.base, staging)
-        leaves = {path: np.asarray(value) for path, value in tree.flatten(parameters).items()}
-        hf.write_parameters(staging, run.network.rules, leaves, stored_dtype(staging), log.Progress("tensors written"))
+        hf.write_parameters(staging, rules, shapes, stored_dtype(staging), parameters, log.Progress("tensors written"))
         _note_training(staging, run.config)
     return step
 
 
 def convert_folder(source: Path, output: Path, family_name: str) -> None:
-    """Writes the folder `source` again, through our parameters, bit for bit in the dtype on disk."""
+    """Writes the folder `source` again, a tensor at a time through our parameters, bit for bit in the dtype on disk."""
     family = registry.family(family_name)
     with _staged(output) as staging:
         for warning in family.copy_published(source, staging):
             log.say(f"warning: {warning}")
         network = registry.build(family_name, family.read_config(*read_jsons(staging)))
-        reading = hf.read_parameters(source, network.rules, network.shapes)
-        leaves = dict(log.track(reading, len(network.rules), "parameters read"))
-        hf.write_parameters(staging, network.rules, leaves, None, log.Progress("tensors written"))
+        weights = hf.open_folder(source, network.rules, network.shapes)
+        hf.write_tensors(staging, weights.tensors, weights.there_and_back(), log.Progress("tensors written"))
 
 
 def read_jsons(folder: Path) -> tuple[dict, dict]:

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from depthlm_jax import checkpoint, files, hf, log, sharding, tree
+from depthlm_jax import checkpoint, files, hf, log, same_run, sharding, tree
 from depthlm_jax import config as config_module
 from depthlm_jax.data import tasks, transforms
 from depthlm_jax.data.records import Records
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import attention, registry
-from depthlm_jax.models.layers import Execution
+from depthlm_jax.models.execution import Execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,8 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
     changed = []
     if saved.exists():
         before = config_module.load(saved)
-        config_module.check_same_run(before, config, str(workdir))
-        changed = config_module.mixture_changes(before, config)
+        same_run.check_same_run(before, config, str(workdir))
+        changed = same_run.mixture_changes(before, config)
     if jax.process_index() == 0:
         files.make_writable(workdir)
         if not saved.exists():
@@ -116,7 +116,7 @@ def reopen(workdir: Path, wanted: config_module.Config | None = None) -> Run:
         model = dataclasses.replace(saved.model, attention="xla")
         alone = dataclasses.replace(saved, mesh=config_module.Mesh(1, 1, 1), model=model)
         return connect(alone, workdir, host_device(), 1, "")
-    for difference in config_module.differences(saved, wanted):
+    for difference in same_run.differences(saved, wanted):
         log.say(f"{workdir} was trained with another value, which is used: {difference}")
     model = dataclasses.replace(saved.model, attention=wanted.model.attention)
     config = dataclasses.replace(saved, mesh=wanted.mesh, eval=wanted.eval, model=model)
@@ -207,19 +207,19 @@ def import_parameters(network: registry.Network, folder: Path, mesh: jax.shardin
 
 
 def _import_one(weights: hf.Weights, path: str, place: jax.sharding.Sharding) -> jax.Array:
-    shape, holders, shards = weights.shapes[path], {}, []
+    shape, holders, placed = weights.shapes[path], {}, []
     for device, index in place.addressable_devices_indices_map(shape).items():
         holders.setdefault(str(index), (index, []))[1].append(device)
     for index, devices in holders.values():
-        stored = weights.read(path, index)
-        shards += [_float32(jax.device_put(stored, device)) for device in devices]
-        jax.block_until_ready(shards)  # the host lets go of this share before it reads the next
-    return jax.make_array_from_single_device_arrays(shape, place, shards)
+        share = weights.read(path, index)
+        placed += jax.block_until_ready([jax.device_put(share, device) for device in devices])
+        del share  # before the next is read
+    stored = jax.make_array_from_single_device_arrays(shape, place, placed)
+    return jax.jit(_float32, out_shardings=place)(stored)
 
 
-@jax.jit
 def _float32(stored: jax.Array) -> jax.Array:
-    """On the device: the host never holds a weight in float32."""
+    """Returns the master copy; made on the devices: the host holds no weight in float32."""
     return stored.astype(np.float32)
 
 

@@ -14,7 +14,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers, each with a thread for every core, get in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import bpe  # noqa: E402
 import qwen_bpe  # noqa: E402
+import tekken_bpe  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +33,17 @@ def qwen_tokenizer_dir() -> Path:
     """Hugging Face folder with the real Qwen2.5 vocabulary."""
     try:
         return qwen_bpe.tokenizer_folder()
-    except qwen_bpe.Unavailable as reason:
+    except bpe.Unavailable as reason:
         pytest.skip(f"no Qwen2.5 vocabulary: {reason}")
+
+
+@pytest.fixture(scope="session")
+def tekken_tokenizer_dir() -> Path:
+    """Hugging Face folder with the real Tekken vocabulary, Pixtral's."""
+    try:
+        return tekken_bpe.tokenizer_folder()
+    except bpe.Unavailable as reason:
+        pytest.skip(f"no Tekken vocabulary: {reason}")
 
 
 @pytest.fixture(scope="session")

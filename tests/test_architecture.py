@@ -20,7 +20,7 @@ LEVELS = (
     ("errors",),
     ("files",),
     ("config", "batch", "tree", "models"),
-    ("hf",),
+    ("hf", "same_run"),
     ("data.", "models."),
     ("models.registry", "data.pipeline", "sharding", "log", "checkpoint"),
     ("run",),

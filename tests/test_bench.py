@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import os
+import shutil
+import sys
+import tempfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import transformers
 from PIL import Image
 
 from configs import qwen2_5_vl_3b
 from depthlm_jax import __main__ as program
 from depthlm_jax import config as config_module
-from depthlm_jax.bench import data, index
+from depthlm_jax.bench import convert, data, index
 from depthlm_jax.data import camera
 from depthlm_jax.data.index import ROW
 from depthlm_jax.errors import InputError
@@ -127,14 +132,99 @@ def test_a_measurement_that_fails_is_named(tmp_path):
         index.in_a_process("open", tmp_path / "no.jsonl")
 
 
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    """A folder of random weights as bench convert writes it, with two small layers."""
+    folder = tmp_path_factory.mktemp("small") / "hf"
+    vision = convert.HF_CONFIG["vision_config"] | {
+        "depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    small = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 80, "num_hidden_layers": 2}
+    rope = {"type": "mrope", "mrope_section": [2, 3, 3]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "HF_CONFIG", convert.HF_CONFIG | small | {"rope_scaling": rope, "vision_config": vision})
+        patch.setattr(convert, "VOCABULARY", 600)
+        convert.write_random(folder)
+    return folder
+
+
+def test_bench_convert_runs(capsys, small_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "PASSES", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    status, out, err = call(capsys, "convert", f"--hf_dir={small_folder}", "--json")
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    tensors = safetensors.numpy.load_file(small_folder / "model.safetensors")
+    assert (result["tensors"], result["identical"]) == (len(tensors), True)
+    assert result["bytes"] == sum(value.nbytes for value in tensors.values())
+    assert result["ratio"] == pytest.approx(result["cp_s"] / result["export_s"])
+    assert result["peer"] == "cp" and "× the speed of cp" in out
+    for way in ("cp", "export", "import"):
+        assert result[f"{way}_gb_s"] * result[f"{way}_s"] == pytest.approx(result["bytes"] / 1e9)
+    if sys.platform == "linux":
+        assert 0 < result["cp_peak_gb"] < 0.05 < result["export_peak_gb"] < 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_random_weights_are_finite_and_the_folder_is_whole(small_folder):
+    tensors = safetensors.numpy.load_file(small_folder / "model.safetensors")
+    assert {value.dtype.name for value in tensors.values()} == {"bfloat16"}
+    assert all(np.abs(value.astype(np.float32)).max() < 2 for value in tensors.values())
+    assert len({value.tobytes() for value in tensors.values()}) == len(tensors)
+    values = json.loads((small_folder / "config.json").read_text())
+    assert values["vocab_size"] == 600 == len(tensors["model.embed_tokens.weight"])
+    assert transformers.AutoTokenizer.from_pretrained(small_folder)("How far?")["input_ids"]
+
+
+def test_converted_sizes_are_those_of_the_3b_recipe():
+    published = config_module.parse(qwen2_5_vl_3b.get_config()).model.hf_config
+    assert {name: published[name] for name in convert.HF_CONFIG} == convert.HF_CONFIG
+    assert published["vocab_size"] == convert.VOCABULARY
+
+
+@pytest.mark.parametrize("change", ["a bit", "a name", "a type", "a shape"])
+def test_a_difference_is_seen(small_folder, tmp_path, change):
+    other = shutil.copytree(small_folder, tmp_path / "other")
+    tensors = safetensors.numpy.load_file(other / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    value = tensors.pop(name)
+    changed = {
+        "a bit": (value.view(np.uint16) ^ (np.indices(value.shape).sum(0) == 0)).astype(np.uint16).view(value.dtype),
+        "a name": value, "a type": value.view(np.float16), "a shape": value.reshape(-1),
+    }  # fmt: skip
+    tensors[f"{name}s" if change == "a name" else name] = changed[change]
+    safetensors.numpy.save_file(tensors, other / "model.safetensors")
+    with pytest.raises(InputError, match=f"not the weights of(.|\n)*differ: .*{name}"):
+        convert.compare(small_folder, other)
+    convert.compare(small_folder, small_folder)
+
+
+def test_a_small_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 * 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(InputError, match="the disk is too small(.|\n)*3.0 GB free(.|\n)*16.1 GB(.|\n)*TMPDIR"):
+        convert.measure(None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_that_fails_is_named(small_folder, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="bench convert: export(.|\n)*exit status 1(.|\n)*is not empty"):
+        convert.in_a_process("export", small_folder, tmp_path / "own")
+
+
 @pytest.mark.parametrize(
     "arguments, status, text",
     [
-        ([], 2, "bench what? one of: data, index"),
-        (["dta"], 2, "should be one of <data|index>"),
+        ([], 2, "bench what? one of: convert, data, index"),
+        (["dta"], 2, "should be one of <convert|data|index>"),
         (["data", "index"], 2, "what is 'index'?"),
         (["data", "--repeats=0"], 2, "repeats"),
         (["data", "--images=no/such.jsonl"], 1, "no/such.jsonl"),
+        (["convert", "--hf_dir=no/such"], 1, "no/such/config.json: cannot be read"),
     ],
 )
 def test_wrong_usage_says_what_is_wrong(capsys, arguments, status, text):
@@ -147,4 +237,4 @@ def test_wrong_usage_says_what_is_wrong(capsys, arguments, status, text):
 def test_help(capsys, arguments):
     status, out, _ = call(capsys, *arguments)
     assert status == 0
-    assert "--images" in out and "--records" in out
+    assert "--images" in out and "--records" in out and "--hf_dir" in out

@@ -1,5 +1,8 @@
 """What is promised of checkpoints beside resuming, which tests/train/test_loop.py shows."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +54,76 @@ def test_a_reader_makes_no_folder(tmp_path):
         checkpoint.Checkpoints(tmp_path, read_only=True)
     assert "train first" in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+SHAPES = {"a/kernel": (2, 3)}
+
+
+def opened(workdir, shapes: dict[str, tuple[int, ...]]):
+    checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
+    try:
+        return checkpoints.open_parameters(shapes)
+    finally:
+        checkpoints.close()
+
+
+def test_a_parameter_is_read_alone(workdir):
+    step, read = opened(workdir, SHAPES)
+    value = read("a/kernel")
+    assert step == 3
+    assert type(value) is np.ndarray
+    np.testing.assert_array_equal(value, 3 * np.asarray(PARAMETERS["a"]["kernel"]), strict=True)
+
+
+@pytest.mark.parametrize(
+    "shapes, differ",
+    [
+        ({"a/kernel": (3, 2)}, "1 differ: ['a/kernel']"),
+        ({}, "1 differ: ['a/kernel']"),
+        (SHAPES | {"b": (1,)}, "1 differ: ['b']"),
+    ],
+)
+def test_parameters_of_another_model_are_named(workdir, shapes, differ):
+    with pytest.raises(InputError, match="3/parameters: parameters of another model") as error:
+        opened(workdir, shapes)
+    assert differ in str(error.value)
+
+
+def test_a_damaged_parameter_is_named_when_it_is_read(workdir):
+    folder = workdir / "checkpoints" / "3" / "parameters"
+    _, read = opened(workdir, SHAPES)
+    for file in folder.rglob("d/*"):
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match="3: cannot be read") as error:
+        read("a/kernel")
+    assert "what is left then: [2]" in str(error.value)
+
+
+# Six parameters of 32 MiB, in a process whose peak is its own.
+READ_ALL = """
+import pathlib, sys
+from depthlm_jax import checkpoint
+def peak(): return next(int(l.split()[1]) / 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+checkpoints = checkpoint.Checkpoints(pathlib.Path(sys.argv[1]), read_only=True)
+step, read = checkpoints.open_parameters({**{f"m/{i}": (8, 1024, 1024) for i in range(6)}, "small": (2,)})
+read("small")
+before = peak()
+for i in range(6):
+    assert read(f"m/{i}").sum() == i * 2**23, i
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_is_that_of_one_parameter(tmp_path):
+    large = {str(i): jnp.full((8, 1024, 1024), i, jnp.float32) for i in range(6)}
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, {"m": large, "small": jnp.ones(2)}, {"count": jnp.zeros(1)}, {}, Config())
+    checkpoints.close()
+    command = [sys.executable, "-c", READ_ALL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 32 < float(done.stdout.splitlines()[-1]) < 3 * 32  # the array, and its chunks as they come; 192 in all
 
 
 def test_a_damaged_checkpoint_is_named_and_what_is_left(workdir):

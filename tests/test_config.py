@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from depthlm_jax import config as config_module
+from depthlm_jax import same_run
 from depthlm_jax.config import Config, default_config, parse
 from depthlm_jax.errors import InputError
 
@@ -164,7 +165,7 @@ def test_every_table_entry_names_a_field():
     leaves = {path.replace("data.sources.main.", "data.sources.*.") for path in leaves} | leaves
     assert config_module.CHOICES.keys() <= leaves
     assert set(config_module.RANGES) <= leaves
-    assert set(config_module.FREE_TO_CHANGE) <= leaves | sections
+    assert set(same_run.FREE_TO_CHANGE) <= leaves | sections
 
 
 def test_saved_config_is_loaded_equal(tmp_path):
@@ -198,7 +199,7 @@ def test_loading_is_as_strict_as_parsing(tmp_path):
     ],
 )
 def test_a_run_may_continue_with_another(path, value):
-    config_module.check_same_run(Config(), parse(changed(path, value)), "runs/a")
+    same_run.check_same_run(Config(), parse(changed(path, value)), "runs/a")
 
 
 def test_a_run_may_not_continue_with_another_result_and_each_difference_is_named():
@@ -208,7 +209,7 @@ def test_a_run_may_not_continue_with_another_result_and_each_difference_is_named
     recipe.mesh.data = 4
     recipe.model.hf_config = dict(hidden_size=8)
     with pytest.raises(InputError) as error:
-        config_module.check_same_run(Config(), parse(recipe), "runs/a")
+        same_run.check_same_run(Config(), parse(recipe), "runs/a")
     text = str(error.value)
     assert text.startswith("runs/a holds a run of another config")
     for difference in (

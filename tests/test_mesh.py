@@ -13,7 +13,7 @@ from depthlm_jax import run as runs
 from depthlm_jax.config import Mesh
 from depthlm_jax.data import pipeline
 from depthlm_jax.models import registry
-from depthlm_jax.models.layers import Execution
+from depthlm_jax.models.execution import Execution
 from depthlm_jax.train import loop, step
 
 STEPS = 5

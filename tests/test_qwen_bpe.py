@@ -1,6 +1,4 @@
-import itertools
-from concurrent import futures
-
+import bpe
 import pytest
 import qwen_bpe
 from transformers import AutoTokenizer
@@ -36,38 +34,8 @@ def test_every_rank_above_the_bytes_is_one_merge(qwen_tokenizer_dir):
 
 
 def test_merges_give_what_the_ranks_give(tokenizer):
-    ranks = qwen_bpe._ranks()
+    ranks = qwen_bpe.ranks()
     words = ["Given", " distance", " internationalisation", "Tiefenschätzung", "距離を測る", " ...)", "xqzvkjw", "\n\n"]
-
-    def by_ranks(word: str) -> list[int]:
-        parts = [bytes([byte]) for byte in word.encode()]
-        while True:
-            joined = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
-            if not joined or min(joined) == len(ranks):
-                return [ranks[part] for part in parts]
-            at = joined.index(min(joined))
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-
-    assert {word: tokenizer.encode(word) for word in words} == {word: by_ranks(word) for word in words}
-
-
-def test_processes_that_build_at_once_each_find_the_whole(tmp_path):
-    def make(folder):
-        folder.mkdir()
-        for name in ("first", "second"):
-            (folder / name).write_text("whole")
-
-    def content(_):
-        return sorted(file.read_text() for file in qwen_bpe._once(tmp_path / "target", make).iterdir())
-
-    with futures.ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(content, range(32))) == [["whole", "whole"]] * 32
-    assert [file.name for file in tmp_path.iterdir()] == ["target"]
-
-
-def test_a_wheel_that_cannot_be_had_is_said_with_the_reason(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(qwen_bpe.Unavailable, match="(?s)cannot download dashscope.*No matching distribution"):
-        qwen_bpe.tokenizer_folder()
+    assert {word: tokenizer.encode(word) for word in words} == {
+        word: bpe.encoded(word.encode(), ranks) for word in words
+    }

@@ -20,7 +20,7 @@ from depthlm_jax import hf, tree
 from depthlm_jax.data import packing
 from depthlm_jax.hf import Rule
 from depthlm_jax.models import registry
-from depthlm_jax.models.layers import Execution
+from depthlm_jax.models.execution import Execution
 
 torch.set_num_threads(1)
 QUESTION = "How far is the point pointed by the red arrow from the camera?"

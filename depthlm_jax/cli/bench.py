@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from depthlm_jax import log
-from depthlm_jax.bench import data, index
+from depthlm_jax.bench import convert, data, index
 from depthlm_jax.cli import command
 from depthlm_jax.eval import report
 
@@ -17,6 +17,9 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("repeats", 5, "data: passes over the images; their median counts", lower_bound=1,
                          flag_values=values)  # fmt: skip
+    command.define_path(
+        values, "hf_dir", "convert: a Hugging Face folder; without it, random weights of 3B are written"
+    )
     flags.DEFINE_integer("records", 1_000_000, "index: lines of the JSONL file", lower_bound=1, flag_values=values)
 
 
@@ -53,4 +56,16 @@ def _index(values: flags.FlagValues) -> dict:
     return found
 
 
-MEASUREMENTS = {"data": _data, "index": _index}
+def _convert(values: flags.FlagValues) -> dict:
+    found = convert.measure(Path(values.hf_dir) if values.hf_dir else None)
+    names = {"cp": "cp of the weights", "export": "our export", "import": "our import, to float32"}
+    rows = [
+        (text, {"s": found[f"{way}_s"], "GB/s": found[f"{way}_gb_s"], "peak GB": found[f"{way}_peak_gb"]})
+        for way, text in names.items()
+    ]
+    log.say(f"{found['tensors']} tensors, {found['bytes'] / 1e9:.3f} GB; every tensor of the export has the same bytes")
+    log.say(report.table(rows, ["s", "GB/s", "peak GB"]))
+    return found
+
+
+MEASUREMENTS = {"convert": _convert, "data": _data, "index": _index}

@@ -1,4 +1,4 @@
-"""evaluate: greedy answers on an evaluation set."""
+"""evaluate: answers on an evaluation set."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from depthlm_jax import run as runs
 from depthlm_jax.cli import command
 from depthlm_jax.eval import evaluate, report
 
-COLUMNS = ["delta1", "delta2", "delta3", "abs_rel", "rmse", "parse_failure_rate", "n"]
+COLUMNS = ["delta1", "delta2", "delta3", "abs_rel", "rmse", "parse_failure_rate", "distinct", "n"]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -31,14 +31,18 @@ def run(values: flags.FlagValues) -> dict:
     report.answer_sheet(result.shown, numbers, texts, output / "answers.png")
     unit = report.UNITS[this.config.eval.task]
     report.scatter(result.truth, result.numbers, output / "scatter.png", unit)
-    constant = scores["best_constant"]
-    log.say(
-        report.table(
-            [(f"model, step {step}", scores["model"]), (f"best constant, {constant['answer']:.2f} {unit}", constant)],
-            COLUMNS,
-        )
-    )
-    log.say(f"δ1 is {scores['model']['delta1'] / constant['delta1']:.2f} × the best constant answer's")
+    log.say(table(scores, step, unit))
+    ratio = scores["model"]["delta1"] / scores["best_constant"]["delta1"]
+    log.say(f"δ1 is {ratio:.2f} × the best constant answer's")
     log.say(f"excluded points: {result.excluded_points} · questions not asked: {result.questions_not_asked}")
     log.say(f"pictures and files: {output}")
     return scores
+
+
+def table(scores: dict, step: int, unit: str) -> str:
+    """Returns the scores as a table; `distinct` counts the different numbers in 100 answers."""
+    constant, expectation = scores["best_constant"], scores["expectation"]
+    rows = [(f"model, step {step}", scores["model"]), (f"best constant, {constant['answer']:.2f} {unit}", constant)]
+    if expectation:
+        rows.insert(1, (f"expectation, of {100 * expectation['mass']:.1f} % of the probability", expectation))
+    return report.table(rows, COLUMNS)

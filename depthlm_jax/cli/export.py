@@ -1,28 +1,67 @@
-"""export: parameters → a Hugging Face folder."""
+"""export: parameters → a Hugging Face folder, and from there to the hub."""
+
+from pathlib import Path
 
 from absl import flags
 
-from depthlm_jax import config as config_module
-from depthlm_jax import log, release
+from depthlm_jax import hub, log, model_card, release
 from depthlm_jax import run as runs
 from depthlm_jax.cli import command
+from depthlm_jax.models import registry
+
+OF_THE_CARD = ("base_model", "license", "evaluation")
 
 
 def define_flags(values: flags.FlagValues) -> None:
     command.define_path(values, "workdir", "folder of the run whose latest checkpoint is written")
     command.define_path(values, "hf_dir", "instead of --workdir: a Hugging Face folder to write again")
     command.define_path(values, "output", "the folder to write")
+    command.define_path(values, "base_model", "USER/NAME on the hub of what training began from, for the model card; "
+                        "else told from the name of model.hf_dir")  # fmt: skip
+    command.define_path(values, "license", "of the weights, for the model card, as the hub spells it: apache-2.0; else "
+                        "that of the base model")  # fmt: skip
+    command.define_path(values, "evaluation", "metrics.json for the model card; else the one in WORKDIR/evaluation")
+    command.define_path(values, "push_to_hub", "USER/NAME on the hub to upload the folder to; `hf auth login` first")
+    flags.DEFINE_bool("private", False, "a repository that --push_to_hub makes is private", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> dict:
     output = command.read_path(values, "output")
-    if bool(values.workdir) == bool(values.hf_dir):
-        raise command.UsageError("give either --workdir or --hf_dir")
+    _check(values)
+    if values.push_to_hub:
+        hub.create(values.push_to_hub, values.private)
     if values.hf_dir:
-        release.convert_folder(command.read_path(values, "hf_dir"), output, config_module.Model.family)
+        source = command.read_path(values, "hf_dir")
+        release.convert_folder(source, output, registry.family_of(source))
         step = None
     else:
-        workdir = command.read_path(values, "workdir")
-        step = release.export_run(runs.reopen(workdir), output)
+        step = _export(values, output)
     log.say(f"wrote {output}: {', '.join(sorted(file.name for file in output.iterdir()))}")
-    return {"output": str(output), "step": step}
+    result = {"output": str(output), "step": step}
+    if values.push_to_hub:
+        message = "Converted" if step is None else f"Step {step}"
+        result["url"] = hub.upload(output, values.push_to_hub, message)
+        log.say(f"pushed to {result['url']}")
+    return result
+
+
+def _check(values: flags.FlagValues) -> None:
+    """Raises before hours of work are lost."""
+    if bool(values.workdir) == bool(values.hf_dir):
+        raise command.UsageError("give either --workdir or --hf_dir")
+    unused = [name for name in OF_THE_CARD if values[name].value and values.hf_dir]
+    if unused:
+        raise command.UsageError(f"--{unused[0]} is for the model card, which only --workdir writes")
+    if values.private and not values.push_to_hub:
+        raise command.UsageError("--private is for --push_to_hub")
+    if values.push_to_hub:
+        model_card.check_hub_id(values.push_to_hub, "--push_to_hub")
+
+
+def _export(values: flags.FlagValues, output: Path) -> int:
+    """Returns the step that was written."""
+    this = runs.reopen(command.read_path(values, "workdir"))
+    scores = Path(values.evaluation) if values.evaluation else None
+    step = release.export_run(this, output)
+    model_card.write(this, step, output, values.base_model, values.license, scores, values.push_to_hub)
+    return step

@@ -189,7 +189,12 @@ def parse_answer(text: str, task: str = "distance") -> float | None:
     be 0.
     """
     numbers = ANSWER.findall(text)
-    value = float(numbers[-1]) if numbers else math.nan
+    return parse_number(numbers[-1] if numbers else "", task)
+
+
+def parse_number(text: str, task: str = "distance") -> float | None:
+    """Returns the number that the whole text is, None where `parse_answer` would say it of an answer."""
+    value = float(text) if re.fullmatch(NUMBER, text) else math.nan
     return value if 0 < value < math.inf or (value == 0 and TASKS[task].may_be_zero) else None
 
 

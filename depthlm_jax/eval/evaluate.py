@@ -1,11 +1,13 @@
 """A model's answers on an evaluation set."""
 
+import collections
 import dataclasses
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,6 +34,8 @@ class Answer:
     truth: float  # in the unit of the task: metres, but of speed m/s, of time s
     text: str
     answer: float | None  # None: no number could be read
+    expected: float | None  # mean of the numbers that may follow eval.answer_prefix; None: none, or not asked for
+    mass: float | None  # probability of those numbers
 
 
 @dataclasses.dataclass
@@ -53,20 +57,37 @@ class Result:
 
     def scores(self) -> dict:
         """Returns the metrics of the model and of the best constant answer; None where nothing could be measured."""
-        ids = [answer.record_id for answer in self.answers]
         constant_m, _ = metrics.best_constant(self.truth)
-        model = metrics.depth_metrics(self.numbers, self.truth, ids)
-        constant = metrics.depth_metrics([constant_m] * len(ids), self.truth, ids)
+        masses = [answer.mass for answer in self.answers if answer.mass is not None]
+        expected = [answer.expected for answer in self.answers]
         return {
-            "model": {name: None if math.isnan(value) else value for name, value in model.items()},
-            "best_constant": {"answer": constant_m, **constant},
+            "model": {**self._metrics(self.numbers), "distinct": distinct_per_100(self.numbers)},
+            "expectation": {**self._metrics(expected), "mass": sum(masses) / len(masses)} if masses else None,
+            "best_constant": {"answer": constant_m, **self._metrics([constant_m] * len(self.answers))},
             "excluded_points": self.excluded_points,
             "questions_not_asked": self.questions_not_asked,
         }
 
+    def _metrics(self, numbers: list[float | None]) -> dict[str, float | None]:
+        values = metrics.depth_metrics(numbers, self.truth, [answer.record_id for answer in self.answers])
+        return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def distinct_per_100(numbers: list[float | None]) -> float:
+    """Returns how many different numbers 100 random ones of these answers hold on average; of fewer, all are taken.
+
+    >>> distinct_per_100([1.5, 1.5, 2.25, None]), distinct_per_100([3.0] * 500)
+    (2.0, 1.0)
+
+    Source: Hurlbert 1971, rarefaction: the probability that a number is missing is C(n − its count, 100) / C(n, 100).
+    """
+    count, drawn = len(numbers), min(len(numbers), 100)
+    uses = collections.Counter(number for number in numbers if number is not None).values()
+    return sum(1 - math.comb(count - use, drawn) / math.comb(count, drawn) for use in uses)
+
 
 def evaluate(run: Run, parameters: dict) -> Result:
-    """Returns greedy answers to the questions of `eval.source`.
+    """Returns the answers to the questions of `eval.source`: greedy ones and, if asked for, expectations.
 
     Args:
       run: config, processor, mesh and network.
@@ -75,18 +96,13 @@ def evaluate(run: Run, parameters: dict) -> Result:
     Raises:
       InputError: no question can be asked.
     """
-    settings, stops = run.config.eval, run.processor.stop_tokens
+    settings, ends = run.config.eval, _ends(run)
     dtype = jnp.dtype(run.config.model.compute_dtype)
-    greedy = decode.make_greedy(run.network, dtype, settings.max_new_tokens, stops)
+    decoder = decode.make_decoder(run.network, dtype, settings.max_new_tokens, ends, settings.expectation)
     result, progress = Result(), log.Progress("answers")
     for examples in _groups(run, result):
-        batch = sharding.put_batch(run.mesh, _prompts(run, examples))
-        tokens_BG = np.asarray(greedy(parameters, batch))[: len(examples)]
-        for example, tokens_G in zip(examples, tokens_BG, strict=True):
-            text = run.processor.decode(decode.cut(tokens_G, stops))
-            (asked,) = example.questions
-            about = example.record_id, asked.pixels, asked.text, asked.truth
-            result.answers.append(Answer(*about, text, tasks.parse_answer(text, asked.task)))
+        decoded = decoder(parameters, sharding.put_batch(run.mesh, _prompts(run, examples)))
+        result.answers += _answers(run, ends, examples, jax.tree.map(np.asarray, decoded))
         result.shown += examples[: SHOWN - len(result.shown)]
         progress(len(result.answers) + result.questions_not_asked, settings.samples)
     if not result.answers:
@@ -99,6 +115,38 @@ def evaluate(run: Run, parameters: dict) -> Result:
             fix="give another eval.source or eval.task",
         )  # fmt: skip
     return result
+
+
+def _ends(run: Run) -> decode.Stops | decode.Numbers:
+    """Returns what an answer ends with: after eval.answer_prefix, whatever does not belong to its number."""
+    settings, processor = run.config.eval, run.processor
+    if not settings.answer_prefix:
+        return decode.Stops(processor.stop_tokens)
+    return decode.Numbers(processor.digit_tokens, processor.point_token, tasks.TASKS[settings.task].may_be_zero)
+
+
+def _answers(
+    run: Run, ends: decode.Stops | decode.Numbers, examples: list[Example], decoded: decode.Decoded
+) -> Iterator[Answer]:
+    """Yields the answers of the first rows; the others repeat the last question."""
+    for row, example in enumerate(examples):
+        (asked,) = example.questions
+        text, answer = _read(run, ends, decoded.tokens_BG[row], asked.task)
+        mass = None if decoded.mass_B is None else float(decoded.mass_B[row])
+        expected = float(decoded.expected_B[row]) if mass else None
+        yield Answer(
+            example.record_id, asked.pixels, asked.text, asked.truth, text, answer, expected=expected, mass=mass
+        )
+
+
+def _read(run: Run, ends: decode.Stops | decode.Numbers, tokens_G: np.ndarray, task: str) -> tuple[str, float | None]:
+    """Returns an answer as text and as number; a number that has no end is none."""
+    if isinstance(ends, decode.Stops):
+        text = run.processor.decode(decode.cut(tokens_G, ends.tokens))
+        return text, tasks.parse_answer(text, task)
+    number, ended = decode.cut_number(tokens_G, ends)
+    text = run.processor.decode(number)
+    return run.config.eval.answer_prefix + text, tasks.parse_number(text, task) if ended else None
 
 
 def _groups(run: Run, result: Result) -> Iterator[list[Example]]:
@@ -119,7 +167,10 @@ def _groups(run: Run, result: Result) -> Iterator[list[Example]]:
 
 def _prompts(run: Run, examples: list[Example]) -> dict[str, np.ndarray]:
     """Returns a batch of one prompt a row; rows without a question repeat the last one."""
-    samples = [run.processor.encode(example.images, [(example.questions[0].text, None)]) for example in examples]
+    begin = run.config.eval.answer_prefix
+    samples = [
+        run.processor.encode(example.images, [(example.questions[0].text, None)], begin=begin) for example in examples
+    ]
     padded = [*samples, *[samples[-1]] * (run.config.eval.batch_rows - len(samples))]
     shape, merged = _row_shape(run, samples), run.processor.config.patches_per_merged
     return packing.stack([packing.pack([sample], shape, merged) for sample in padded])

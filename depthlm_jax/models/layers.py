@@ -1,6 +1,5 @@
 """What the model families share."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -8,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-
-from depthlm_jax.models import attention
 
 
 class RMSNorm(nnx.Module):
@@ -62,15 +59,6 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x_D: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a model runs. What it computes does not depend on it."""
-
-    constrain: Callable = lambda x, letters: x  # (array, letters) → array, pins an activation to its place on a mesh
-    attend: attention.Attend = attention.reference
-    remat: bool = False  # recompute a layer in the backward pass instead of keeping what it computed
 
 
 def normalised(patches_BPC: jax.Array, factor: float, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

@@ -1,5 +1,6 @@
 """LoRA: low-rank factors beside the kernels of linear layers. Source: Hu et al. 2021, as `peft` does it."""
 
+import dataclasses
 import difflib
 import math
 import re
@@ -76,16 +77,37 @@ def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, settings: Lora, *, 
     return np.float32(kernel) + product
 
 
-def adapter_config(settings: Lora, targets: list[str], base_model: str) -> dict:
+def adapter_rules(of_factors: list[Rule], modules: dict[str, str]) -> list[Rule]:
+    """Returns the rules with the names that `peft` gives the tensors in transformers 5.
+
+    Args:
+      of_factors: of `rules`.
+      modules: of the family.
+    """
+    table = []
+    for rule in of_factors:
+        hub = next(hub for hub in modules if rule.tensor.startswith(hub))
+        there = rule.tensor.replace(hub, modules[hub], 1)
+        table.append(dataclasses.replace(rule, tensor=f"base_model.model.{there}"))
+    return table
+
+
+def targets(of_adapter: list[Rule], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Returns the names in transformers of the modules that have factors."""
+    first = [name for rule in of_adapter for name in rule.tensors(shapes[rule.path]) if ".lora_A." in name]
+    return [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in first]
+
+
+def adapter_config(settings: Lora, modules: list[str], base_model: str) -> dict:
     """Returns adapter_config.json of `peft`.
 
     Args:
       settings: rank and alpha.
-      targets: names of the modules in transformers.
+      modules: of `targets`.
       base_model: hub id or folder.
     """
     return {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model, "r": settings.rank,
         "lora_alpha": settings.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "target_modules": targets, "inference_mode": True,
+        "target_modules": modules, "inference_mode": True,
     }  # fmt: skip

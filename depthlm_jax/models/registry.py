@@ -11,7 +11,7 @@ from depthlm_jax.config import Lora
 from depthlm_jax.errors import InputError
 from depthlm_jax.hf import Rule
 from depthlm_jax.models import lora
-from depthlm_jax.models.layers import Execution
+from depthlm_jax.models.execution import Execution
 from depthlm_jax.models.pixtral import config as pixtral_config
 from depthlm_jax.models.pixtral import folder as pixtral_folder
 from depthlm_jax.models.pixtral import model as pixtral_model

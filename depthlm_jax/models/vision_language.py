@@ -6,7 +6,8 @@ from flax import nnx
 
 from depthlm_jax.models.attention import Among, masked
 from depthlm_jax.models.decoder import Cache, Decoder, DecoderLayer
-from depthlm_jax.models.layers import Execution, Linear, Turn, scan_layers
+from depthlm_jax.models.execution import Execution
+from depthlm_jax.models.layers import Linear, Turn, scan_layers
 
 
 class VisionLanguage(nnx.Module):

@@ -4,14 +4,14 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from depthlm_jax import checkpoint, log, sharding
+from depthlm_jax import checkpoint, log, same_run, sharding, tree
 from depthlm_jax import config as config_module
 from depthlm_jax.errors import InputError
 from depthlm_jax.models.registry import Network
@@ -24,33 +24,43 @@ class Trainer:
 
     mesh: jax.sharding.Mesh
     optimizer: optax.GradientTransformation
+    factors: Mapping[str, float]  # of the learning rate, by path; 0: frozen
     shardings: step.State
     abstract: step.State
     run_step: Callable  # (state, batch) → (state, metrics); the state is donated
 
+    @property
+    def trained(self) -> int:
+        """How many parameters are trained."""
+        return tree.count(optim.split(self.abstract.parameters, self.factors)[0])
+
 
 def make_trainer(network: Network, config: config_module.Config, mesh: jax.sharding.Mesh) -> Trainer:
     """Returns the trainer of a network; nothing is allocated."""
-    optimizer = optim.make_optimizer(config.optim, config.train.max_steps)
-    shardings, abstract = state_layout(network, optimizer, mesh)
+    factors = optim.trainable(network.shapes, config.optim.groups)
+    optimizer = optim.make_optimizer(config.optim, config.train.max_steps, factors)
+    shardings, abstract = state_layout(network, optimizer, factors, mesh)
     accumulate = config.train.gradient_accumulation_steps
     compiled = jax.jit(
-        step.make_train_step(network.logits, optimizer, jnp.dtype(config.model.compute_dtype), accumulate),
+        step.make_train_step(network.logits, optimizer, factors, jnp.dtype(config.model.compute_dtype), accumulate),
         in_shardings=(shardings, sharding.batch_shardings(mesh)),
         out_shardings=(shardings, sharding.shard(mesh, "")),
         donate_argnums=0,
     )
-    return Trainer(mesh, optimizer, shardings, abstract, compiled)
+    return Trainer(mesh, optimizer, factors, shardings, abstract, compiled)
 
 
-def state_layout(network: Network, optimizer, mesh: jax.sharding.Mesh) -> tuple[step.State, step.State]:
+def state_layout(
+    network: Network, optimizer, factors: Mapping[str, float], mesh: jax.sharding.Mesh
+) -> tuple[step.State, step.State]:
     """Returns shardings and ShapeDtypeStructs of the state; optimizer moments lie where their parameters lie."""
     replicated = sharding.shard(mesh, "")
     places = sharding.parameter_places(mesh, network.axes, network.shapes)
-    moments = jax.eval_shape(optimizer.init, network.abstract)
+    moments = jax.eval_shape(optimizer.init, optim.split(network.abstract, factors)[0])
     moment_places = optax.tree_map_params(
-        optimizer, lambda _, place: place, moments, places, transform_non_params=lambda _: replicated
-    )
+        optimizer, lambda _, place: place, moments, optim.split(places, factors)[0],
+        transform_non_params=lambda _: replicated,
+    )  # fmt: skip
     shardings = step.State(replicated, places, moment_places)
     counter = jax.ShapeDtypeStruct((), jnp.int32)
     return shardings, checkpoint.abstract(step.State(counter, network.abstract, moments), shardings)
@@ -58,7 +68,8 @@ def state_layout(network: Network, optimizer, mesh: jax.sharding.Mesh) -> tuple[
 
 def start(trainer: Trainer, parameters: dict) -> step.State:
     """Returns the state of step 0; `parameters` lie on the mesh and are taken over."""
-    moments = jax.jit(trainer.optimizer.init, out_shardings=trainer.shardings.optimizer)(parameters)
+    trained, _ = optim.split(parameters, trainer.factors)
+    moments = jax.jit(trainer.optimizer.init, out_shardings=trainer.shardings.optimizer)(trained)
     return step.State(jax.device_put(jnp.int32(0), trainer.shardings.step), parameters, moments)
 
 
@@ -113,7 +124,7 @@ def _resume(
         return start(trainer, first_parameters())
     abstract = trainer.abstract
     parameters, moments, run = checkpoints.restore(latest, abstract.parameters, abstract.optimizer)
-    config_module.check_same_run(config_module.from_dict(run["config"]), config, str(checkpoints.folder / str(latest)))
+    same_run.check_same_run(config_module.from_dict(run["config"]), config, str(checkpoints.folder / str(latest)))
     batches.set_state(run["data"])
     log.say(f"continuing {checkpoints.folder.parent} after step {latest}")
     return step.State(jax.device_put(jnp.int32(latest), trainer.shardings.step), parameters, moments)

@@ -1,6 +1,6 @@
 """The training step: a plain function of (state, batch)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from depthlm_jax import tree
+from depthlm_jax.train import optim
 
 
 class State(NamedTuple):
-    """What a step changes. Parameters and optimizer state are float32 master copies."""
+    """What a step changes. Trained parameters are float32 master copies, and so are their moments; others have none."""
 
     step: jax.Array
     parameters: dict
@@ -30,54 +31,63 @@ def answer_loss(logits_BAV: jax.Array, targets_BA: jax.Array, weights_BA: jax.Ar
     }
 
 
-def make_train_step(logits: Callable, optimizer: optax.GradientTransformation, compute_dtype, accumulate: int):
+def make_train_step(
+    logits: Callable,
+    optimizer: optax.GradientTransformation,
+    factors: Mapping[str, float],
+    compute_dtype,
+    accumulate: int,
+) -> Callable:
     """Returns step(state, batch) → (state, metrics); the caller jits it with shardings and donation.
 
     The loss is Σ ÷ Σ: weighted cross-entropies and weights are summed over micro-batches and devices and divided once.
 
     Args:
       logits: (parameters, batch) → logits_BAV.
-      optimizer: of the float32 parameters; may be scaled by a schedule.
+      optimizer: of the trained parameters, and of them alone.
+      factors: of optim.trainable; parameters with factor 0 are not differentiated, and stay as they are.
       compute_dtype: of forward and backward pass.
       accumulate: number of micro-batches that the rows of a batch are divided into.
     """
 
-    def micro_sums(parameters: dict, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-        logits_BAV = logits(tree.cast(parameters, compute_dtype), batch)
+    def micro_sums(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
+        logits_BAV = logits(tree.cast(optim.join(trained, frozen), compute_dtype), batch)
         sums = answer_loss(logits_BAV, batch["targets_BA"], batch["weights_BA"])
         return sums["loss"], sums
 
     differentiate = jax.value_and_grad(micro_sums, has_aux=True)
 
-    def sums_and_gradient(parameters: dict, batch: dict[str, jax.Array]) -> tuple[dict, dict]:
-        (_, sums), gradient = differentiate(parameters, batch)
+    def sums_and_gradient(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[dict, dict]:
+        (_, sums), gradient = differentiate(trained, frozen, batch)
         return sums, gradient
 
-    def add_up(parameters: dict, batch: dict[str, jax.Array]) -> tuple[dict, dict]:
+    def add_up(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[dict, dict]:
         """Returns sums and gradient of all micro-batches, one at a time in memory."""
         if accumulate == 1:
-            return sums_and_gradient(parameters, batch)
+            return sums_and_gradient(trained, frozen, batch)
         # Every device's own rows are dealt out to the micro-batches, so that no row moves between devices.
         dealt = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-        shapes = jax.eval_shape(sums_and_gradient, parameters, jax.tree.map(lambda x: x[0], dealt))
+        shapes = jax.eval_shape(sums_and_gradient, trained, frozen, jax.tree.map(lambda x: x[0], dealt))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def add(total: tuple[dict, dict], micro: dict[str, jax.Array]):
-            return jax.tree.map(jnp.add, total, sums_and_gradient(parameters, micro)), None
+            return jax.tree.map(jnp.add, total, sums_and_gradient(trained, frozen, micro)), None
 
         return jax.lax.scan(add, zero, dealt)[0]
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict]:
-        sums, gradient = add_up(state.parameters, batch)
+        trained, frozen = optim.split(state.parameters, factors)
+        sums, gradient = add_up(trained, frozen, batch)
         weight = jnp.maximum(sums["weight"], 1e-9)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, trained)
         metrics = {
             "loss": sums["loss"] / weight,
             "mean_token_accuracy": sums["right"] / jnp.maximum(sums["tokens"], 1),
             "num_tokens": sums["tokens"],
             "grad_norm": optax.tree.norm(gradient),
         }
-        return State(state.step + 1, optax.apply_updates(state.parameters, updates), optimizer_state), metrics
+        parameters = optim.join(optax.apply_updates(trained, updates), frozen)
+        return State(state.step + 1, parameters, optimizer_state), metrics
 
     return step

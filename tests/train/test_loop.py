@@ -23,6 +23,7 @@ from depthlm_jax.config import Config
 from depthlm_jax.data import pipeline, plan
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import registry
+from depthlm_jax.models.execution import Execution
 from depthlm_jax.train import loop, step
 
 STEPS = {"train.max_steps": 12, "train.save_steps": 4, "train.logging_steps": 1}
@@ -83,7 +84,7 @@ def open_world(scenes: Path, workdir: Path) -> World:
     config = worlds.config(scenes, STEPS)
     run = runs.open_run(config, workdir)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1], rows=8, heads=run.processor.config.heads)
-    network = registry.build(config.model.family, run.processor.config, sharding.constrainer(mesh))
+    network = registry.build(config.model.family, run.processor.config, Execution(sharding.constrainer(mesh)))
     run = dataclasses.replace(run, mesh=mesh, network=network)
     first = jax.tree.map(np.array, runs.first_parameters(run))
     return World(config, run, loop.make_trainer(network, config, mesh), first)

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 import torch
-import transformers
 
 from depthlm_jax import config, tree
 from depthlm_jax.train import optim, step
@@ -52,9 +51,15 @@ def losses_by_hand(parameters, batch) -> np.ndarray:
     return -np.take_along_axis(log_p, batch["targets_BA"][..., None], axis=-1)[..., 0]
 
 
-def take_step(parameters, batch, optimizer, accumulate=1, dtype=jnp.float32, logits=bag_logits):
-    run = jax.jit(step.make_train_step(logits, optimizer, dtype, accumulate))
-    return run(step.State(jnp.int32(0), parameters, optimizer.init(parameters)), batch)
+def all_trained(parameters) -> dict[str, float]:
+    return dict.fromkeys(tree.flatten(parameters), 1.0)
+
+
+def take_step(parameters, batch, optimizer, accumulate=1, dtype=jnp.float32, logits=bag_logits, factors=None):
+    factors = factors or all_trained(parameters)
+    run = jax.jit(step.make_train_step(logits, optimizer, factors, dtype, accumulate))
+    trained, _ = optim.split(parameters, factors)
+    return run(step.State(jnp.int32(0), parameters, optimizer.init(trained)), batch)
 
 
 def test_loss_is_the_sum_over_the_sum():
@@ -144,69 +149,61 @@ def test_only_answers_are_trained_on(parameters, batch):
     np.testing.assert_array_equal(reached, batch["weights_BA"] > 0)
 
 
-# The optimizer
+# Freezing
 
 
-def gradient_of_update(parameters, gradient, **settings) -> dict:
-    """Returns the update of the first step after a warm-up of none."""
-    optimizer = optim.make_optimizer(config.Optim(warmup_ratio=0.0, learning_rate=1.0, **settings), max_steps=10)
-    return optimizer.update(gradient, optimizer.init(parameters), parameters)[0]
+FROZEN = [
+    {"norm/bias": 0.0},
+    {"embed/embedding": 0.0},
+    {"embed/embedding": 0.0, "head/kernel": 0.0},
+]
 
 
-@pytest.mark.parametrize("norm", [0.1, 50.0])
-def test_gradients_are_clipped_by_their_global_norm(parameters, norm):
-    gradient = jax.tree.map(lambda x: x * norm / optax.tree.norm(parameters), parameters)
-    # With an epsilon far above the gradients Adam is linear in them.
-    update = gradient_of_update(parameters, gradient, adam_eps=1e6, max_grad_norm=0.5)
-    assert float(optax.tree.norm(update)) * 1e6 == pytest.approx(min(norm, 0.5), rel=1e-3)
+@pytest.mark.parametrize("frozen", FROZEN, ids=lambda frozen: " ".join(frozen))
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_what_is_frozen_stays_and_the_rest_is_trained_as_if_it_were_not(parameters, batch, frozen, accumulate):
+    """SGD, so that the update is the gradient itself."""
+    factors = all_trained(parameters) | frozen
+    whole, _ = take_step(parameters, batch, optax.sgd(1.0), accumulate)
+    part, metrics = take_step(parameters, batch, optax.sgd(1.0), accumulate, factors=factors)
+    before, all_moved, moved = (tree.flatten(p) for p in (parameters, whole.parameters, part.parameters))
+    assert before.keys() == moved.keys()
+    for path, value in moved.items():
+        if path in frozen:
+            np.testing.assert_array_equal(value, before[path], err_msg=path)
+        else:
+            np.testing.assert_allclose(value, all_moved[path], rtol=1e-6, atol=1e-6, err_msg=path)
+            assert (value != before[path]).any(), path
+    gradient = [np.float64(before[path] - moved[path]) for path in moved if path not in frozen]
+    norm = math.sqrt(sum((g**2).sum() for g in gradient))
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize(("ratio", "steps"), [(0.1, 50), (0.03, 70), (0.0, 20), (0.25, 10), (1.0, 4)])
-def test_learning_rate_is_the_one_of_transformers(ratio, steps):
-    settings = config.Optim(learning_rate=0.3, warmup_ratio=ratio)
-    warmup = math.ceil(ratio * steps)  # as transformers.Trainer rounds
-    torch_optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
-    theirs = transformers.get_cosine_schedule_with_warmup(torch_optimizer, warmup, steps)
-    ours = optim.make_schedule(settings, steps)
-    for number in range(steps):
-        assert float(ours(number)) == pytest.approx(theirs.get_last_lr()[0], rel=1e-5, abs=1e-8), number
-        torch_optimizer.step()
-        theirs.step()
+def test_frozen_parameters_have_no_moments(parameters, batch):
+    factors = all_trained(parameters) | {"embed/embedding": 0.0}
+    optimizer = optim.make_optimizer(config.Optim(warmup_ratio=0.0), 10, factors)
+    state, _ = take_step(parameters, batch, optimizer, factors=factors)
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
+    assert shapes == sorted(2 * [(WIDTH,), (WIDTH, VOCABULARY)])
 
 
-def test_learning_rate_at_its_corners():
-    schedule = optim.make_schedule(config.Optim(learning_rate=0.3, warmup_ratio=0.1), 50)
-    assert float(schedule(0)) == 0
-    assert float(schedule(5)) == pytest.approx(0.3)
-    assert 0 < float(schedule(49)) < 0.001
-    assert float(schedule(50)) == pytest.approx(0, abs=1e-8)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int8])
+def test_frozen_parameters_keep_their_dtype(parameters, batch, dtype):
+    """Even one that has no gradient, as of quantized weights."""
 
+    def logits(parameters, batch):
+        embedding = parameters["embed"]["embedding"].astype(jnp.float32)
+        return bag_logits(parameters | {"embed": {"embedding": embedding}}, batch)
 
-def test_weight_decay_acts_on_kernels_and_embeddings_alone(parameters):
-    assert tree.flatten(optim.decayed(parameters)) == {
-        "embed/embedding": True, "head/kernel": True, "norm/bias": False
-    }  # fmt: skip
-    still = jax.tree.map(jnp.zeros_like, parameters)
-    update = tree.flatten(gradient_of_update(parameters, still, weight_decay=0.25))
-    for path, value in tree.flatten(parameters).items():
-        np.testing.assert_allclose(update[path], 0 if path == "norm/bias" else -0.25 * value, rtol=1e-6)
-
-
-def test_adam_is_the_one_of_pytorch(parameters):
-    rng = np.random.default_rng(6)
-    settings = config.Optim(learning_rate=0.1, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=1e9)
-    optimizer = optim.make_optimizer(settings, max_steps=10**9)  # constant over three steps
-    ours = {"head": parameters["head"]}
-    theirs = torch.nn.Parameter(torch.tensor(np.asarray(ours["head"]["kernel"])))
-    torch_optimizer = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    state = optimizer.init(ours)
-    for _ in range(3):
-        gradient = rng.normal(size=theirs.shape).astype(np.float32)
-        update, state = optimizer.update({"head": {"kernel": jnp.asarray(gradient)}}, state, ours)
-        ours = optax.apply_updates(ours, update)
-        theirs.grad = torch.tensor(gradient)
-        torch_optimizer.step()
-    np.testing.assert_allclose(ours["head"]["kernel"], theirs.detach(), rtol=1e-5, atol=1e-5)
+    factors = all_trained(parameters) | {"embed/embedding": 0.0}
+    kept = (10 * parameters["embed"]["embedding"]).astype(dtype)
+    mixed = parameters | {"embed": {"embedding": kept}}
+    optimizer = optim.make_optimizer(config.Optim(warmup_ratio=0.0), 10, factors)
+    state, metrics = take_step(mixed, batch, optimizer, accumulate=2, logits=logits, factors=factors)
+    np.testing.assert_array_equal(state.parameters["embed"]["embedding"], kept, strict=True)
+    assert state.parameters["head"]["kernel"].dtype == jnp.float32
+    assert (state.parameters["head"]["kernel"] != parameters["head"]["kernel"]).any()
+    assert float(metrics["grad_norm"]) > 0
 
 
 # Precision
@@ -219,7 +216,7 @@ def test_compute_is_in_the_compute_dtype_and_masters_stay_float32(parameters, ba
         seen.extend(leaf.dtype for leaf in jax.tree.leaves(parameters))
         return bag_logits(parameters, batch)
 
-    optimizer = optim.make_optimizer(config.Optim(), 10)
+    optimizer = optim.make_optimizer(config.Optim(), 10, all_trained(parameters))
     state, metrics = take_step(parameters, batch, optimizer, dtype=jnp.bfloat16, logits=logits)
     assert set(seen) == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves((state.parameters, metrics["loss"]))} == {jnp.dtype(jnp.float32)}
@@ -230,7 +227,7 @@ def test_compute_is_in_the_compute_dtype_and_masters_stay_float32(parameters, ba
 def test_updates_that_bfloat16_would_swallow_are_kept(parameters, batch):
     large = jax.tree.map(lambda x: x + 100, parameters)  # bfloat16 steps by 0.5 there
     optimizer = optax.sgd(1e-3)
-    run = jax.jit(step.make_train_step(bag_logits, optimizer, jnp.bfloat16, 1))
+    run = jax.jit(step.make_train_step(bag_logits, optimizer, all_trained(large), jnp.bfloat16, 1))
     state = step.State(jnp.int32(0), large, optimizer.init(large))
     distances = []
     for _ in range(4):

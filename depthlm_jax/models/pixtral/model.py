@@ -4,7 +4,8 @@ import jax
 from flax import nnx
 
 from depthlm_jax.models.decoder import Decoder
-from depthlm_jax.models.layers import Execution, Linear, Turn, linear_of, rope_frequencies, rope_turn
+from depthlm_jax.models.execution import Execution
+from depthlm_jax.models.layers import Linear, Turn, linear_of, rope_frequencies, rope_turn
 from depthlm_jax.models.pixtral.config import PixtralConfig
 from depthlm_jax.models.pixtral.vision import VisionTower
 from depthlm_jax.models.vision_language import VisionLanguage

@@ -8,8 +8,8 @@ from flax import nnx
 
 from depthlm_jax.models.attention import Among
 from depthlm_jax.models.decoder import Attend
+from depthlm_jax.models.execution import Execution
 from depthlm_jax.models.layers import (
-    Execution,
     GatedMlp,
     RMSNorm,
     Turn,

@@ -5,7 +5,8 @@ import numpy as np
 from flax import nnx
 
 from depthlm_jax.models.decoder import Decoder
-from depthlm_jax.models.layers import Execution, Linear, Turn, linear_of, rope_frequencies, rope_turn
+from depthlm_jax.models.execution import Execution
+from depthlm_jax.models.layers import Linear, Turn, linear_of, rope_frequencies, rope_turn
 from depthlm_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from depthlm_jax.models.qwen2_5_vl.vision import VisionTower
 from depthlm_jax.models.vision_language import VisionLanguage

@@ -4,7 +4,11 @@ from depthlm_jax.hf import FUSED, FUSED_BIAS, Rule, patch_layout
 from depthlm_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from depthlm_jax.models.weights import decoder_rules, gated_mlp_rules, linear_rules, norm_rule
 
-MODULES = {"visual.": "model.visual.", "model.": "model.language_model."}  # beginning of a hub name → in transformers 5
+MODULES = {  # beginning of a hub name → in transformers 5
+    "visual.": "model.visual.",
+    "model.": "model.language_model.",
+    "lm_head": "lm_head",
+}
 
 
 def rules(config: Qwen25VLConfig) -> list[Rule]:

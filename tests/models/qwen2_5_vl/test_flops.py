@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from depthlm_jax.models import attention
-from depthlm_jax.models.layers import Execution
+from depthlm_jax.models.execution import Execution
 from depthlm_jax.models.qwen2_5_vl import vision
 from depthlm_jax.models.qwen2_5_vl.config import PREPROCESSOR, Qwen25VLConfig, read_config
 

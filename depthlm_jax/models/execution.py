@@ -1,0 +1,15 @@
+"""How a model runs."""
+
+import dataclasses
+from collections.abc import Callable
+
+from depthlm_jax.models import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """What a model computes does not depend on it."""
+
+    constrain: Callable = lambda x, letters: x  # (array, letters) → array, pins an activation to its place on a mesh
+    attend: attention.Attend = attention.reference
+    remat: bool = False  # recompute a layer in the backward pass instead of keeping what it computed
