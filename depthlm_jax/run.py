@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from depthlm_jax import checkpoint, files, hf, log, same_run, sharding, tree
+from depthlm_jax import checkpoint, files, hf, log, parameter_groups, same_run, sharding, tree
 from depthlm_jax import config as config_module
 from depthlm_jax.data import tasks, transforms
 from depthlm_jax.data.records import Records
@@ -146,6 +146,7 @@ def connect(config: config_module.Config, workdir: Path, devices: list, rows: in
     heads = processor.config.heads
     mesh = sharding.make_mesh(config.mesh, devices, rows=rows, heads=heads, rows_field=rows_field)
     network = registry.build(config.model.family, processor.config, _execution(config, mesh), config.model.lora)
+    network = dataclasses.replace(network, abstract=_with_frozen(network, config, stored_dtype(workdir / "base")))
     return Run(config, workdir, processor, mesh, network)
 
 
@@ -158,6 +159,14 @@ def _execution(config: config_module.Config, mesh: jax.sharding.Mesh) -> Executi
         per_device=sharding.per_device(mesh),
     )  # fmt: skip
     return Execution(sharding.constrainer(mesh), attend, config.model.remat)
+
+
+def _with_frozen(network: registry.Network, config: config_module.Config, dtype: np.dtype) -> dict:
+    """Returns the abstract parameters; those that are not trained stay in the dtype of the folder."""
+    factors = parameter_groups.factors(network.shapes, config.optim.groups, network.lora_paths)
+    leaves = tree.flatten(network.abstract)
+    frozen = {p: jax.ShapeDtypeStruct(leaf.shape, dtype) for p, leaf in leaves.items() if not factors[p]}
+    return tree.unflatten(leaves | frozen)
 
 
 def write_base(config: config_module.Config, base: Path) -> None:
@@ -185,28 +194,41 @@ def write_base(config: config_module.Config, base: Path) -> None:
 
 
 def first_parameters(run: Run) -> dict:
-    """Returns the parameters of step 0 on the mesh, float32: of the Hugging Face folder, or random."""
+    """Returns the parameters of step 0 on the mesh: of the Hugging Face folder, or random.
+
+    Those that are trained are float32, others have the dtype of the folder.
+    """
+    network, given = run.network, {}
     if run.config.model.hf_dir:
-        return import_parameters(run.network, Path(run.config.model.hf_dir), run.mesh)
-    places = sharding.parameter_places(run.mesh, run.network.axes, run.network.shapes)
-    return jax.jit(run.network.init, out_shardings=places)(jax.random.key(run.config.model.seed))
+        given = tree.flatten(import_parameters(network, Path(run.config.model.hf_dir), run.mesh))
+    places = tree.flatten(sharding.parameter_places(run.mesh, network.axes, network.shapes))
+    others = {path: place for path, place in places.items() if path not in given}
+
+    def initial(key: jax.Array) -> dict[str, jax.Array]:
+        leaves, wanted = tree.flatten(network.init(key)), tree.flatten(network.abstract)
+        return {path: leaves[path].astype(wanted[path].dtype) for path in others}
+
+    made = jax.jit(initial, out_shardings=others)(jax.random.key(run.config.model.seed)) if others else {}
+    leaves = given | made
+    return tree.unflatten({path: leaves[path] for path in places})
 
 
 def import_parameters(network: registry.Network, folder: Path, mesh: jax.sharding.Mesh) -> dict:
-    """Returns the weights of a Hugging Face folder on the mesh, float32.
+    """Returns the weights of a Hugging Face folder on the mesh, in the dtypes of the network.
 
     A host reads what its own devices hold: one device's share of one parameter at a time, in the dtype on disk.
 
     Raises:
       InputError: the folder is not complete, or its weights are quantized; before any weight is read.
     """
-    weights = hf.open_folder(folder, network.rules, network.shapes)
+    weights = hf.open_folder(folder, network.rules, network.hf_shapes)
+    dtypes = {path: leaf.dtype for path, leaf in tree.flatten(network.abstract).items()}
     places = tree.flatten(sharding.parameter_places(mesh, network.axes, network.shapes))
     paths = log.track(weights.rules, len(weights.rules), "parameters read")
-    return tree.unflatten({path: _import_one(weights, path, places[path]) for path in paths})
+    return tree.unflatten({path: _import_one(weights, path, places[path], dtypes[path]) for path in paths})
 
 
-def _import_one(weights: hf.Weights, path: str, place: jax.sharding.Sharding) -> jax.Array:
+def _import_one(weights: hf.Weights, path: str, place: jax.sharding.Sharding, dtype: np.dtype) -> jax.Array:
     shape, holders, placed = weights.shapes[path], {}, []
     for device, index in place.addressable_devices_indices_map(shape).items():
         holders.setdefault(str(index), (index, []))[1].append(device)
@@ -215,12 +237,8 @@ def _import_one(weights: hf.Weights, path: str, place: jax.sharding.Sharding) ->
         placed += jax.block_until_ready([jax.device_put(share, device) for device in devices])
         del share  # before the next is read
     stored = jax.make_array_from_single_device_arrays(shape, place, placed)
-    return jax.jit(_float32, out_shardings=place)(stored)
-
-
-def _float32(stored: jax.Array) -> jax.Array:
-    """Returns the master copy; made on the devices: the host holds no weight in float32."""
-    return stored.astype(np.float32)
+    # Master copies are made on the devices: the host holds no weight in another dtype than that of the file.
+    return jax.jit(lambda x: x.astype(dtype), out_shardings=place)(stored)
 
 
 def trained_parameters(run: Run) -> tuple[int, dict]:

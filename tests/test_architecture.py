@@ -20,7 +20,7 @@ LEVELS = (
     ("errors",),
     ("files",),
     ("config", "batch", "tree", "models"),
-    ("hf", "same_run"),
+    ("hf", "parameter_groups", "same_run"),
     ("data.", "models."),
     ("models.registry", "data.pipeline", "sharding", "log", "checkpoint"),
     ("run",),

@@ -98,7 +98,7 @@ def evaluated(workdir, pictures):
     step, parameters = runs.trained_parameters(run)
     result = evaluate.evaluate(run, parameters)
     (workdir / "evaluation").mkdir()
-    evaluate.save(result, step, workdir / "evaluation")
+    evaluate.save(result, step, run.config.eval, workdir / "evaluation")
     assert len(result.answers) == len(result.shown) == len(PICTURES)
     assert len({answer.text for answer in result.answers}) > 1  # the image matters
     in_order = dataclasses.replace(

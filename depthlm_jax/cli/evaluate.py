@@ -25,7 +25,7 @@ def run(values: flags.FlagValues) -> dict:
     files.make_writable(output)
     step, parameters = runs.trained_parameters(this)
     result = evaluate.evaluate(this, parameters)
-    scores = evaluate.save(result, step, output)
+    scores = evaluate.save(result, step, this.config.eval, output)
     first = result.answers[: len(result.shown)]
     numbers, texts = [answer.answer for answer in first], [answer.text for answer in first]
     report.answer_sheet(result.shown, numbers, texts, output / "answers.png")

@@ -22,6 +22,8 @@ def define_flags(values: flags.FlagValues) -> None:
                         "that of the base model")  # fmt: skip
     command.define_path(values, "evaluation", "metrics.json for the model card; else the one in WORKDIR/evaluation")
     command.define_path(values, "push_to_hub", "USER/NAME on the hub to upload the folder to; `hf auth login` first")
+    flags.DEFINE_bool("adapter", False, "of a run with low-rank factors: write them alone, as a folder that peft loads",
+                      flag_values=values)  # fmt: skip
     flags.DEFINE_bool("private", False, "a repository that --push_to_hub makes is private", flag_values=values)
 
 
@@ -52,6 +54,8 @@ def _check(values: flags.FlagValues) -> None:
     unused = [name for name in OF_THE_CARD if values[name].value and values.hf_dir]
     if unused:
         raise command.UsageError(f"--{unused[0]} is for the model card, which only --workdir writes")
+    if values.adapter and (values.hf_dir or any(values[name].value for name in OF_THE_CARD)):
+        raise command.UsageError("--adapter goes with --workdir alone; its folder has no model card")
     if values.private and not values.push_to_hub:
         raise command.UsageError("--private is for --push_to_hub")
     if values.push_to_hub:
@@ -61,7 +65,11 @@ def _check(values: flags.FlagValues) -> None:
 def _export(values: flags.FlagValues, output: Path) -> int:
     """Returns the step that was written."""
     this = runs.reopen(command.read_path(values, "workdir"))
+    if values.adapter:
+        return release.export_adapter(this, output)
     scores = Path(values.evaluation) if values.evaluation else None
-    step = release.export_run(this, output)
-    model_card.write(this, step, output, values.base_model, values.license, scores, values.push_to_hub)
-    return step
+
+    def write_card(step: int, folder: Path) -> None:
+        model_card.write(this, step, folder, values.base_model, values.license, scores, values.push_to_hub)
+
+    return release.export_run(this, output, write_card)

@@ -28,13 +28,15 @@ def run(values: flags.FlagValues) -> dict:
     runs.check_same_data(sources)
     this = runs.open_run(config, workdir)
     batches = pipeline.training_batches(sources, this.processor, config, jax.process_index(), jax.process_count())
+    trainer = loop.make_trainer(this.network, config, this.mesh)
+    count = tree.count(this.network.abstract)
+    trained = f", {trainer.trained:,} of them trained" if trainer.trained < count else ""
     log.say(
-        f"{tree.count(this.network.abstract):,} parameters · mesh {dict(this.mesh.shape)} on {len(jax.devices())} "
+        f"{count:,} parameters{trained} · mesh {dict(this.mesh.shape)} on {len(jax.devices())} "
         f"{jax.devices()[0].platform}"
     )
     for name, records in sources.items():
         log.say(f"source {name}: {len(records):,} records, {config.data.sources[name].path}")
-    trainer = loop.make_trainer(this.network, config, this.mesh)
     state = loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this))
     if jax.process_index() == 0:
         report.loss_curve(log.Journal(workdir).read(), workdir / "loss.png")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthlm_jax import batch as batch_contract
+from depthlm_jax import config as config_module
 from depthlm_jax import log, sharding
 from depthlm_jax.data import packing, pipeline, tasks
 from depthlm_jax.data.records import open_source
@@ -192,9 +193,9 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def save(result: Result, step: int, folder: Path) -> dict:
-    """Writes metrics.json and predictions.jsonl; returns the content of the former."""
-    report = {"step": step, **result.scores()}
+def save(result: Result, step: int, settings: config_module.Eval, folder: Path) -> dict:
+    """Writes metrics.json, which also says what was evaluated, and predictions.jsonl; returns the former's content."""
+    report = {"step": step, "eval": dataclasses.asdict(settings), **result.scores()}
     (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [json.dumps(dataclasses.asdict(answer)) for answer in result.answers]
     (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")

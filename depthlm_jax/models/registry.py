@@ -89,6 +89,16 @@ class Network:
         return {path: leaf.shape for path, leaf in tree.flatten(self.abstract).items()}
 
     @property
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters that a Hugging Face folder has."""
+        shapes = self.shapes
+        return {rule.path: shapes[rule.path] for rule in self.rules}
+
+    @property
+    def lora_paths(self) -> list[str]:
+        return [rule.path for rule in self.lora_rules]
+
+    @property
     def axes(self) -> dict[str, str]:
         """{path: letters of the parameter's axes}."""
         return {rule.path: rule.axes for rule in [*self.rules, *self.lora_rules]}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from depthlm_jax import checkpoint, log, same_run, sharding, tree
+from depthlm_jax import checkpoint, log, parameter_groups, same_run, sharding, tree
 from depthlm_jax import config as config_module
 from depthlm_jax.errors import InputError
 from depthlm_jax.models.registry import Network
@@ -32,12 +32,12 @@ class Trainer:
     @property
     def trained(self) -> int:
         """How many parameters are trained."""
-        return tree.count(optim.split(self.abstract.parameters, self.factors)[0])
+        return tree.count(parameter_groups.split(self.abstract.parameters, self.factors)[0])
 
 
 def make_trainer(network: Network, config: config_module.Config, mesh: jax.sharding.Mesh) -> Trainer:
     """Returns the trainer of a network; nothing is allocated."""
-    factors = optim.trainable(network.shapes, config.optim.groups)
+    factors = parameter_groups.factors(network.shapes, config.optim.groups, network.lora_paths)
     optimizer = optim.make_optimizer(config.optim, config.train.max_steps, factors)
     shardings, abstract = state_layout(network, optimizer, factors, mesh)
     accumulate = config.train.gradient_accumulation_steps
@@ -56,9 +56,9 @@ def state_layout(
     """Returns shardings and ShapeDtypeStructs of the state; optimizer moments lie where their parameters lie."""
     replicated = sharding.shard(mesh, "")
     places = sharding.parameter_places(mesh, network.axes, network.shapes)
-    moments = jax.eval_shape(optimizer.init, optim.split(network.abstract, factors)[0])
+    moments = jax.eval_shape(optimizer.init, parameter_groups.split(network.abstract, factors)[0])
     moment_places = optax.tree_map_params(
-        optimizer, lambda _, place: place, moments, optim.split(places, factors)[0],
+        optimizer, lambda _, place: place, moments, parameter_groups.split(places, factors)[0],
         transform_non_params=lambda _: replicated,
     )  # fmt: skip
     shardings = step.State(replicated, places, moment_places)
@@ -68,7 +68,7 @@ def state_layout(
 
 def start(trainer: Trainer, parameters: dict) -> step.State:
     """Returns the state of step 0; `parameters` lie on the mesh and are taken over."""
-    trained, _ = optim.split(parameters, trainer.factors)
+    trained, _ = parameter_groups.split(parameters, trainer.factors)
     moments = jax.jit(trainer.optimizer.init, out_shardings=trainer.shardings.optimizer)(trained)
     return step.State(jax.device_put(jnp.int32(0), trainer.shardings.step), parameters, moments)
 

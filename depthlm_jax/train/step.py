@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from depthlm_jax import tree
-from depthlm_jax.train import optim
+from depthlm_jax import parameter_groups, tree
 
 
 class State(NamedTuple):
@@ -45,13 +44,13 @@ def make_train_step(
     Args:
       logits: (parameters, batch) → logits_BAV.
       optimizer: of the trained parameters, and of them alone.
-      factors: of optim.trainable; parameters with factor 0 are not differentiated, and stay as they are.
+      factors: of parameter_groups.factors; parameters with factor 0 are not differentiated, and stay as they are.
       compute_dtype: of forward and backward pass.
       accumulate: number of micro-batches that the rows of a batch are divided into.
     """
 
     def micro_sums(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-        logits_BAV = logits(tree.cast(optim.join(trained, frozen), compute_dtype), batch)
+        logits_BAV = logits(tree.cast(parameter_groups.join(trained, frozen), compute_dtype), batch)
         sums = answer_loss(logits_BAV, batch["targets_BA"], batch["weights_BA"])
         return sums["loss"], sums
 
@@ -76,7 +75,7 @@ def make_train_step(
         return jax.lax.scan(add, zero, dealt)[0]
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict]:
-        trained, frozen = optim.split(state.parameters, factors)
+        trained, frozen = parameter_groups.split(state.parameters, factors)
         sums, gradient = add_up(trained, frozen, batch)
         weight = jnp.maximum(sums["weight"], 1e-9)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
@@ -87,7 +86,7 @@ def make_train_step(
             "num_tokens": sums["tokens"],
             "grad_norm": optax.tree.norm(gradient),
         }
-        parameters = optim.join(optax.apply_updates(trained, updates), frozen)
+        parameters = parameter_groups.join(optax.apply_updates(trained, updates), frozen)
         return State(state.step + 1, parameters, optimizer_state), metrics
 
     return step

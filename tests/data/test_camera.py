@@ -8,6 +8,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.pixtral.image_processing_pil_pixtral import (
+    PixtralImageProcessorPil,
+    get_resize_output_image_size,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from depthlm_jax.config import Geometry
@@ -388,6 +392,26 @@ def test_snap_to_grid_of_the_official_image():
     assert snapped.shape == (644, 868, 3) and np.all(snapped == 7)  # 31×23 tokens
     on_grid = np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)
     assert np.array_equal(cam.snap_to_grid(on_grid, GRID, 3136, 12845056, 0), on_grid)
+
+
+@pytest.mark.parametrize("longest_px, grid", [(1024, 16), (1540, 14), (200, 8)])
+def test_processor_size_is_that_of_pixtral(longest_px, grid):
+    """Sides are rounded up to the grid, after the longer one was shrunk to the limit."""
+    assert cam.processor_size(643, 857, 16, 256, 1024**2, 1024) == (656, 864)  # 41 × 54 patches
+    sizes = np.random.default_rng(longest_px).integers(10, 2000, (2000, 2)).tolist()
+    assert max(map(max, sizes)) > longest_px > min(map(max, sizes))
+    for height, width in [*sizes, (longest_px, longest_px), (longest_px + 1, grid), (grid, longest_px)]:
+        expected = get_resize_output_image_size(np.zeros((height, width, 0)), longest_px, grid, "channels_last")
+        found = cam.processor_size(height, width, grid, grid**2, longest_px**2, longest_px)
+        assert found == expected, (height, width)
+
+
+def test_snap_to_grid_is_pixtrals_resize():
+    image = np.random.default_rng(0).integers(0, 256, (67, 121, 3), np.uint8)
+    for longest_px in (64, 1024):
+        resize = PixtralImageProcessorPil(size={"longest_edge": longest_px}, do_rescale=False, do_normalize=False)
+        expected = resize([image], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        assert np.array_equal(cam.snap_to_grid(image, 16, 256, longest_px**2, longest_px), expected)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

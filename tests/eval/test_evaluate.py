@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import worlds
 
+from depthlm_jax import config as config_module
 from depthlm_jax import run as runs
 from depthlm_jax.cli import evaluate as command
 from depthlm_jax.data import pipeline
@@ -76,7 +77,7 @@ def test_a_run_is_evaluated_as_it_was_trained(run, scenes, capsys):
 
 
 def test_files_hold_all_answers(result, tmp_path):
-    report = evaluate.save(result, 7, tmp_path)
+    report = evaluate.save(result, 7, config_module.Eval(), tmp_path)
 
     def refuse(word: str):
         raise AssertionError(f"{word} is not JSON")
@@ -127,7 +128,7 @@ def test_mass_is_no_more_than_that_of_the_first_token(begun, numbers):
 
 
 def test_expectations_are_scored_beside_the_answers(numbers, result, tmp_path):
-    report = evaluate.save(numbers, 7, tmp_path)
+    report = evaluate.save(numbers, 7, config_module.Eval(), tmp_path)
     ids, expected = [a.record_id for a in numbers.answers], [a.expected for a in numbers.answers]
     mass = float(np.mean([a.mass for a in numbers.answers]))
     assert report["expectation"] == {**metrics.depth_metrics(expected, numbers.truth, ids), "mass": pytest.approx(mass)}

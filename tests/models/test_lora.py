@@ -175,7 +175,7 @@ def test_the_head_may_have_factors(tmp_path):
     network = registry.build(case.family, case.config, low_rank=Lora("lm_head", rank=2))
     assert [rule.path for rule in network.lora_rules] == ["lm_head/lora_a", "lm_head/lora_b"]
     rng = np.random.default_rng(0)
-    factors = {rule.path: rng.normal(size=network.shapes[rule.path]) for rule in network.lora_rules}
+    factors = {rule.path: rng.normal(size=network.shapes[rule.path]) / 10 for rule in network.lora_rules}
     parameters = tree.unflatten(tree.flatten(case.parameters) | jax.tree.map(jnp.float32, factors))
     batch = tiny.pack_rows(case, [[tiny.example(case, [(3, 5)], seed).sample] for seed in (0, 1)])
     plain = tree.unflatten(merged(parameters, network, Lora("lm_head", rank=2)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from depthlm_jax import config, same_run, tree
+from depthlm_jax import config, parameter_groups, same_run, tree
 from depthlm_jax.config import Group
 from depthlm_jax.errors import InputError
 from depthlm_jax.train import optim
@@ -105,14 +105,14 @@ def test_adam_is_the_one_of_pytorch(parameters):
 
 def test_a_group_is_what_its_pattern_matches_from_end_to_end():
     groups = {"vision": Group("visual/blocks/.*", 0.1), "heads": Group("lm_head/kernel|visual/merger/.*", 0.0)}
-    assert optim.trainable(PATHS, groups) == {
+    assert parameter_groups.factors(PATHS, groups) == {
         "lm_head/kernel": 0.0, "model/layers/mlp/up_proj/kernel": 1.0, "model/norm/scale": 1.0,
         "visual/blocks/attn/qkv/bias": 0.1, "visual/blocks/attn/qkv/kernel": 0.1, "visual/merger/mlp_0/kernel": 0.0,
     }  # fmt: skip
 
 
 def test_without_groups_everything_is_trained():
-    assert optim.trainable(PATHS, {}) == dict.fromkeys(PATHS, 1.0)
+    assert parameter_groups.factors(PATHS, {}) == dict.fromkeys(PATHS, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -157,17 +157,17 @@ def test_without_groups_everything_is_trained():
 )  # fmt: skip
 def test_groups_that_cannot_be_meant_are_named(groups, lines):
     with pytest.raises(InputError) as error:
-        optim.trainable(PATHS, groups)
+        parameter_groups.factors(PATHS, groups)
     assert [line for line in lines if line not in str(error.value)] == [], str(error.value)
 
 
 def test_split_and_join_are_inverse(parameters):
     for frozen in ((), ("norm/bias",), ("norm/bias", "head/kernel")):
         factors = all_trained(parameters) | dict.fromkeys(frozen, 0.0)
-        parts = optim.split(parameters, factors)
+        parts = parameter_groups.split(parameters, factors)
         assert sorted(tree.flatten(parts[1])) == sorted(frozen)
         assert tree.flatten(parts[0]).keys() == SHAPES.keys() - set(frozen)
-        whole = optim.join(*parts)
+        whole = parameter_groups.join(*parts)
         assert jax.tree.structure(whole) == jax.tree.structure(parameters)
         assert all(one is same for one, same in zip(*map(jax.tree.leaves, (whole, parameters)), strict=True))
 
@@ -194,8 +194,10 @@ def test_the_norm_is_clipped_before_the_factors(parameters):
 
 def test_frozen_parameters_do_not_count_in_the_norm(parameters):
     gradient, factors = random_tree(3), all_trained(parameters) | {"head/kernel": 0.0}
-    part, _ = optim.split(gradient, factors)
-    update = first_update(optim.split(parameters, factors)[0], part, factors, adam_eps=1e6, max_grad_norm=0.5)
+    part, _ = parameter_groups.split(gradient, factors)
+    update = first_update(
+        parameter_groups.split(parameters, factors)[0], part, factors, adam_eps=1e6, max_grad_norm=0.5
+    )
     assert tree.flatten(update).keys() == {"embed/embedding", "norm/bias"}
     assert float(optax.tree.norm(update)) * 1e6 == pytest.approx(0.5, rel=1e-3)
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 import torch
 
-from depthlm_jax import config, tree
+from depthlm_jax import config, parameter_groups, tree
 from depthlm_jax.train import optim, step
 
 ROWS, TOKENS, ANSWERS, WIDTH, VOCABULARY = 8, 6, 5, 7, 11
@@ -58,7 +58,7 @@ def all_trained(parameters) -> dict[str, float]:
 def take_step(parameters, batch, optimizer, accumulate=1, dtype=jnp.float32, logits=bag_logits, factors=None):
     factors = factors or all_trained(parameters)
     run = jax.jit(step.make_train_step(logits, optimizer, factors, dtype, accumulate))
-    trained, _ = optim.split(parameters, factors)
+    trained, _ = parameter_groups.split(parameters, factors)
     return run(step.State(jnp.int32(0), parameters, optimizer.init(trained)), batch)
 
 

@@ -39,7 +39,7 @@ def processor(qwen_tokenizer_dir, tmp_path_factory) -> Processor:
 
 @pytest.fixture(scope="module")
 def hf_images(processor):
-    return tiny.hf_image_processor(processor.tokenizer.name_or_path)
+    return tiny.hf_image_processor(processor.folder)
 
 
 def conversation(processor: Processor, grids, question: str, answer: str | None, header_after: bool) -> np.ndarray:
@@ -149,6 +149,30 @@ def test_a_prompt_waits_for_its_next_token(processor):
     sample = processor.encode([], [(QUESTION, None)])
     assert sample.answer_index_A.tolist() == [len(sample.tokens_T) - 1]
     assert processor.tokenizer.decode(sample.tokens_T).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("begin", ["", "<think> The point is around ", tiny.ANSWER[: tiny.ANSWER.rindex("2.35")]])
+@pytest.mark.parametrize("layout", ["independent", "conversation"])
+def test_the_beginning_of_an_answer_is_that_of_a_whole_one(processor, begin, layout):
+    images, before = tiny.random_images(processor.config, [(3, 5), (2, 2)], 0), [("Is it near?", "It is 0.25 m.")]
+    for turns in ([], before):
+        prompt = processor.encode(images, [*turns, (QUESTION, None)], layout=layout, begin=begin)
+        whole = processor.encode(images, [*turns, (QUESTION, f"{begin}2.35 m")], layout=layout)
+        length = len(prompt.tokens_T)
+        for field in ("tokens_T", "positions_TZ", "vision_index_T", "branch_T"):
+            np.testing.assert_array_equal(getattr(prompt, field), getattr(whole, field)[:length], err_msg=field)
+        assert processor.tokenizer.decode(whole.tokens_T[length:]) == "2.35 m<|im_end|>"
+        assert processor.tokenizer.decode(prompt.tokens_T).endswith(f"assistant\n{begin}")
+        assert prompt.answer_index_A[-1] == length - 1
+
+
+@pytest.mark.parametrize("begin", ["It is  ", "<think>\t "])
+def test_a_beginning_that_cannot_be_cut_off(processor, begin):
+    """A number takes the last of several spaces away from the others."""
+    with pytest.raises(InputError) as error:
+        processor.encode([], [(QUESTION, None)], begin=begin)
+    for part in ("cannot be cut off before a number", repr(begin), "do not change when a digit follows"):
+        assert part in str(error.value)
 
 
 def test_decode_stops_at_the_end_of_turn(processor):
