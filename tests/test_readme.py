@@ -121,17 +121,19 @@ def test_every_file_in_the_readme_exists():
         missing += [] if file.exists() else [path]
     assert missing == []
     modules = {str(f.relative_to(ROOT / "depthlm_jax")) for f in (ROOT / "depthlm_jax").rglob("*.py")}
-    unnamed = {
-        m for m in modules if m not in tree and not m.startswith(("cli/", "models/qwen2_5_vl/")) and "__init__" not in m
-    }
+    folders = ("cli/", "models/qwen2_5_vl/", "models/pixtral/")
+    unnamed = {m for m in modules if m not in tree and not m.startswith(folders) and "__init__" not in m}
     assert unnamed == set()
 
 
 def test_recipe_lines_of_the_readme():
-    (lines,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     recipe = default_config()
-    exec(lines, {"config": recipe})
-    data = parse(recipe).data
+    for lines in blocks:
+        exec(lines, {"config": recipe})
+    config = parse(recipe)
+    assert {name: group.factor for name, group in config.optim.groups.items()} == {"tower": 0.0, "merger": 0.1}
+    data = config.data
     assert {name: source.weight for name, source in data.sources.items()} == {"streets": 1.0, "rooms": 0.1}
     assert data.reference.questions == 10 and data.tasks.two_points == 0.5
 

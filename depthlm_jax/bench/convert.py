@@ -6,7 +6,8 @@ pages of mapped files. Before each, what others have written goes to the disk; a
 
 The floor is one pass over the bytes in and one out, in cp's own time. Since export moves no byte within a tensor (both
 transpositions cancel in numpy's strides) and maps instead of reading, a ratio near one was predicted, at the memory of
-the imports and one tensor; of import, two bytes read for four written, and the memory of the float32 parameters.
+the imports and one tensor. Measured on two cores that six others shared: 0.6 (page faults are what cp, which copies in
+the kernel, does not have) and 0.9 GB, of which the embedding is 0.6. Import takes 17.0 GB: 15.0 are the parameters.
 """
 
 import os

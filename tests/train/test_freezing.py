@@ -1,6 +1,7 @@
 """A run that trains less than everything: what it saves, what it leaves as it is, and that it is continued."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -31,7 +32,19 @@ STEPS = {"train.max_steps": 4, "train.save_steps": 2, "optim.warmup_ratio": 0.0,
 class World:
     config: config_module.Config
     run: runs.Run
-    trainer: loop.Trainer
+    jitted: loop.Trainer  # not compiled yet
+
+    @functools.cached_property
+    def trainer(self) -> loop.Trainer:
+        """With a step that is compiled once for all tests, and can be asked what it costs."""
+        data, channels = self.config.data, self.run.processor.config.channels
+        shape = batch_contract.RowShape(data.max_tokens, data.max_patches, data.max_answer_tokens, channels)
+        batch = {
+            field: jax.ShapeDtypeStruct(shape.of(field, data.global_batch_rows), dtype)
+            for field, dtype in batch_contract.FIELDS.items()
+        }
+        compiled = self.jitted.run_step.lower(self.jitted.abstract, batch).compile()
+        return dataclasses.replace(self.jitted, run_step=compiled)
 
     def train(self, workdir: Path, trainer: loop.Trainer | None = None):
         batches = pipeline.training_batches(pipeline.open_sources(self.config), self.run.processor, self.config)
@@ -45,20 +58,9 @@ class World:
         return sharding.put_batch(self.run.mesh, rows.arrays)
 
 
-def abstract_batch(config: config_module.Config, run: runs.Run) -> dict[str, jax.ShapeDtypeStruct]:
-    data = config.data
-    shape = batch_contract.RowShape(
-        data.max_tokens, data.max_patches, data.max_answer_tokens, run.processor.config.channels
-    )
-    return {
-        field: jax.ShapeDtypeStruct(shape.of(field, data.global_batch_rows), dtype)
-        for field, dtype in batch_contract.FIELDS.items()
-    }
-
-
 @pytest.fixture(scope="module")
 def open_world(scenes, tmp_path_factory):
-    """Returns the world of these groups, on one device; each is made, and its step compiled, once."""
+    """Returns the world of these groups, on one device; each is made once."""
     made = {}
 
     def make(groups: dict) -> World:
@@ -73,9 +75,7 @@ def open_world(scenes, tmp_path_factory):
                 config.model.family, run.processor.config, Execution(sharding.constrainer(mesh), remat=True)
             )
             run = dataclasses.replace(run, mesh=mesh, network=network)
-            trainer = loop.make_trainer(network, config, mesh)
-            compiled = trainer.run_step.lower(trainer.abstract, abstract_batch(config, run)).compile()
-            made[key] = World(config, run, dataclasses.replace(trainer, run_step=compiled))
+            made[key] = World(config, run, loop.make_trainer(network, config, mesh))
         return made[key]
 
     return make
@@ -111,6 +111,7 @@ def first_step(open_world):
 FACTORS = {"visual/blocks": 0, "visual/patch_embed": 0, "visual/merger": 0.1, "model": 1.0}  # by the path's beginning
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_and_the_others_move_by_their_factor(first_step):
     whole, part = first_step({}), first_step(GROUPS)
     assert part.loss == pytest.approx(whole.loss, rel=1e-6)
@@ -132,6 +133,7 @@ def test_frozen_parameters_stay_and_the_others_move_by_their_factor(first_step):
         np.testing.assert_allclose(moved, factor * all_moved, rtol=1e-3, atol=rounding, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_frozen_vision_tower_needs_less_memory_and_fewer_operations(open_world):
     whole, part = (open_world(groups) for groups in ({}, GROUPS))
     frozen = tree.count(whole.run.network.abstract) - part.trainer.trained
@@ -145,14 +147,15 @@ def test_a_frozen_vision_tower_needs_less_memory_and_fewer_operations(open_world
 
 def test_the_trainer_knows_how_many_parameters_are_trained(open_world):
     everything = tree.count(open_world({}).run.network.abstract)
-    assert open_world({}).trainer.trained == everything
-    assert 0 < open_world(GROUPS).trainer.trained < everything
+    assert open_world({}).jitted.trained == everything
+    assert 0 < open_world(GROUPS).jitted.trained < everything
 
 
 class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_groups_ends_as_if_it_had_not_been(open_world, tmp_path):
     world = open_world(GROUPS)
     whole = world.train(tmp_path / "whole")
