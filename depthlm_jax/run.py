@@ -41,14 +41,14 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
     """
     workdir = Path(workdir)
     saved = workdir / "config.json"
-    changed = []
-    if saved.exists():
+    changed, begins = [], not saved.exists()
+    if not begins:
         before = config_module.load(saved)
         same_run.check_same_run(before, config, str(workdir))
         changed = same_run.mixture_changes(before, config)
     if jax.process_index() == 0:
         files.make_writable(workdir)
-        if not saved.exists():
+        if begins:
             _begin(config, workdir / "base")
     multihost_utils.sync_global_devices("base folder")
     rows, accumulate = config.data.global_batch_rows, config.train.gradient_accumulation_steps
@@ -60,7 +60,9 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
         )  # fmt: skip
     field = "data.global_batch_rows (divided by train.gradient_accumulation_steps)"
     run = connect(config, workdir, jax.devices(), rows // accumulate, field)
-    if jax.process_index() == 0 and (changed or not saved.exists()):  # only now: it can be trained
+    if begins and config.model.hf_dir:
+        hf.open_folder(Path(config.model.hf_dir), run.network.rules, run.network.hf_shapes)  # raises if they are bad
+    if jax.process_index() == 0 and (changed or begins):  # only now: it can be trained
         for line in changed:
             log.say(f"{workdir} goes on with another mixture: {line}")
         config_module.save(config, saved)
@@ -182,6 +184,12 @@ def write_base(config: config_module.Config, base: Path) -> None:
             fix="give --config.model.hf_dir=FOLDER (or --config.model.random_weights=True to start from nothing)",
         )  # fmt: skip
     if model.hf_dir:
+        found = registry.family_of(Path(model.hf_dir))
+        if found != model.family:
+            raise InputError(
+                f"{model.hf_dir}: a model of another family", found=found, expected=f"model.family={model.family}",
+                fix=f"set --config.model.family={found}, or give another model.hf_dir",
+            )  # fmt: skip
         for warning in family.copy_published(Path(model.hf_dir), base):
             log.say(f"warning: {warning}")
     else:

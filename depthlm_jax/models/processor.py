@@ -32,7 +32,8 @@ class Processor:
 
     read_config: Callable  # (config.json, preprocessor_config.json) → config
     STOPS: tuple[str, ...]  # tokens that end an answer; the first one ends a turn
-    IMAGE_END: str  # the last token that the chat template writes for an image
+    IMAGE: str  # the token that the chat template writes for an image
+    IMAGE_END: str  # the last token that it writes for one
     DANGLING = ""  # what the release leaves, and learns, after the last end of turn
 
     def __init__(self, folder: Path):
@@ -64,6 +65,12 @@ class Processor:
         self.digit_tokens = [self._token(digit) for digit in DIGITS]
         self.point_token = self._token(".")
         self.image_end = self._token(self.IMAGE_END)
+        if self._token(self.IMAGE) != self.config.image_token_id:
+            raise InputError(
+                f"{folder}: tokenizer and config.json disagree", found=f"{self.IMAGE} is token "
+                f"{self._token(self.IMAGE)}", expected=f"{self.config.image_token_id}, as config.json says",
+                fix="use the tokenizer files that belong to this model",
+            )  # fmt: skip
         self._prompt = functools.lru_cache(maxsize=1024)(lambda text: np.array(self._ids(text)))
 
     def __reduce__(self):

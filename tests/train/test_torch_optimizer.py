@@ -22,11 +22,13 @@ from depthlm_jax import parameter_groups, tree
 from depthlm_jax.config import Group, Optim
 from depthlm_jax.train import optim, step
 
-MODELS = ["one key head, tied, windows only", "each head its own keys, first block full"]  # of tiny.EVERY_MODEL
+MODELS = [  # of tiny.EVERY_MODEL
+    "one key head, tied, windows only", "each head its own keys, first block full", "pixtral, narrower heads",
+]  # fmt: skip
 TOLERANCE = 1e-5  # of the largest entry of each tensor
 RECIPE = Optim(learning_rate=5.5e-5, warmup_ratio=0.1, weight_decay=0.1)
 LARGE = Optim(
-    learning_rate=1e-3, warmup_ratio=0.0, weight_decay=0.1, adam_b1=0.8, adam_b2=0.95, adam_eps=1e-5, max_grad_norm=1.0
+    learning_rate=1e-3, warmup_ratio=0.0, weight_decay=0.1, adam_b1=0.8, adam_b2=0.7, adam_eps=1e-5, max_grad_norm=1.0
 )
 GROUPS = {"frozen": Group(r".*/up_proj/.*", 0.0), "slow": Group(r".*/layers/.*/(q|k|v)_proj/.*", 0.1)}
 SETTINGS = {

@@ -13,7 +13,7 @@ class Processor(processor.Processor):
 
     read_config = staticmethod(read_config)
     STOPS = ("</s>",)
-    IMAGE_END = "[IMG]"
+    IMAGE = IMAGE_END = "[IMG]"
 
     def __init__(self, folder: Path):
         super().__init__(folder)

@@ -13,6 +13,7 @@ class Processor(processor.Processor):
 
     read_config = staticmethod(read_config)
     STOPS = ("<|im_end|>", "<|endoftext|>")  # as in the published generation_config.json
+    IMAGE = "<|image_pad|>"
     IMAGE_END = "<|vision_end|>"
     DANGLING = "\n<|im_start|>assistant\n"
 
