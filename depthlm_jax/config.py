@@ -402,5 +402,9 @@ def load(file: Path) -> Config:
 
 
 def from_dict(values: dict) -> Config:
-    """Returns the config whose nested dict this is."""
-    return _parse_section(Config, values, "")
+    """Returns the config whose nested dict this is; fields that it was saved without have their defaults."""
+    complete = {
+        name: default | values.get(name, {}) if isinstance(values.get(name, {}), dict) else values[name]
+        for name, default in dataclasses.asdict(Config()).items()
+    }
+    return _parse_section(Config, values | complete, "")

@@ -164,7 +164,8 @@ def test_every_table_entry_names_a_field():
     sections |= {path.rpartition(".")[0] for path in leaves} | {"data.sources"}
     leaves = {path.replace("data.sources.main.", "data.sources.*.") for path in leaves} | leaves
     assert config_module.CHOICES.keys() <= leaves
-    assert set(config_module.RANGES) <= leaves
+    groups = {f"optim.groups.*.{field.name}" for field in dataclasses.fields(config_module.Group)}
+    assert set(config_module.RANGES) <= leaves | groups
     assert set(same_run.FREE_TO_CHANGE) <= leaves | sections
 
 
@@ -175,6 +176,13 @@ def test_saved_config_is_loaded_equal(tmp_path):
     recipe.optim.learning_rate = 1 / 3
     config_module.save(parse(recipe), tmp_path / "config.json")
     assert config_module.load(tmp_path / "config.json") == parse(recipe)
+
+
+def test_a_config_from_before_a_field_existed_is_loaded(tmp_path):
+    values = dataclasses.asdict(dataclasses.replace(Config(), train=config_module.Train(max_steps=7)))
+    del values["optim"]["groups"], values["model"]["lora"], values["train"]["digit_weight"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert config_module.load(tmp_path / "config.json") == Config(train=config_module.Train(max_steps=7))
 
 
 def test_loading_is_as_strict_as_parsing(tmp_path):
