@@ -10,7 +10,7 @@ COMMANDS = {
     "verify": "a Hugging Face folder in PyTorch and in JAX, side by side",
     "preview": "training samples exactly as the model sees them, mixture and fill of rows, as one HTML page",
     "curate": "a data set → records on disk",
-    "bench": "the measurements that the README quotes, each against a named peer: bench data, bench index",
+    "bench": "the measurements that the README quotes, each against a named peer: bench data, index, convert",
 }
 
 

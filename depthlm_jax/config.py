@@ -181,6 +181,7 @@ COLORS = {
     "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "magenta": (255, 0, 255),
     "cyan": (0, 255, 255), "white": (255, 255, 255), "black": (0, 0, 0),
 }  # fmt: skip
+USERS = {"sources", "groups", "hf_config"}  # dicts whose keys are the user's
 NAMED = {"data.sources": "source", "optim.groups": "group"}  # sections with names of the user's choice
 CHOICES = {  # "*" stands for such a name
     "model.compute_dtype": ("bfloat16", "float32"),
@@ -197,8 +198,7 @@ CHOICES = {  # "*" stands for such a name
     "data.reference.layout": ("independent", "conversation"),
     "train.loss_on": ("answer", "official"),
 }
-COUNT = 1, 2**31 - 1
-AMOUNT = 0, 2**31 - 1
+COUNT, AMOUNT = (1, 2**31 - 1), (0, 2**31 - 1)
 RANGES = {  # of numbers, both ends included
     **dict.fromkeys(
         (
@@ -403,8 +403,9 @@ def load(file: Path) -> Config:
 
 def from_dict(values: dict) -> Config:
     """Returns the config whose nested dict this is; fields that it was saved without have their defaults."""
-    complete = {
-        name: default | values.get(name, {}) if isinstance(values.get(name, {}), dict) else values[name]
-        for name, default in dataclasses.asdict(Config()).items()
-    }
-    return _parse_section(Config, values | complete, "")
+    return _parse_section(Config, _completed(dataclasses.asdict(Config()), values), "")
+
+
+def _completed(default: dict, values: dict) -> dict:
+    nested = {n for n in default.keys() & values.keys() - USERS if type(default[n]) is type(values[n]) is dict}
+    return default | values | {name: _completed(default[name], values[name]) for name in nested}

@@ -264,6 +264,8 @@ def write_tensors(
                 del value
                 weight_map[name] = file
                 progress(len(weight_map), len(tensors))
+    if next(values, None) is not None:
+        raise ValueError("more values than tensors")
     if len(groups) > 1:
         sums = {
             "total_size": sum(tensor.nbytes for tensor in tensors.values()),

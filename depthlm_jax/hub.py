@@ -12,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from depthlm_jax import log
 from depthlm_jax.errors import InputError
 
-REPLACED = ["*.safetensors", "*.safetensors.index.json"]  # of an earlier push: loaders might prefer them
+# Of an earlier push: loaders might prefer them.
+REPLACED = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 REFUSED = (401, 402, 403, 404)
 
 
@@ -44,7 +45,7 @@ def upload(folder: Path, hub_id: str, message: str) -> str:
     """Returns the address of the repository, which then holds the folder's files.
 
     Args:
-      folder: all of it is uploaded; weights of an earlier push go, other files stay.
+      folder: all of it is uploaded; a model's weights of an earlier push go if it holds a model, other files stay.
       hub_id: USER/NAME, of a repository that exists.
       message: of the commit.
 
@@ -52,9 +53,10 @@ def upload(folder: Path, hub_id: str, message: str) -> str:
       InputError: as `create`.
     """
     log.say(f"uploading {folder} to {hub_id}")
+    replaced = REPLACED if (folder / "config.json").is_file() else None
     with _named_errors(hub_id):
         huggingface_hub.upload_folder(
-            repo_id=hub_id, folder_path=folder, commit_message=message, delete_patterns=REPLACED
+            repo_id=hub_id, folder_path=folder, commit_message=message, delete_patterns=replaced
         )
     return f"{constants.ENDPOINT}/{hub_id}"
 

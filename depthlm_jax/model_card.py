@@ -284,9 +284,11 @@ def _results(facts: Facts) -> str:
         columns["model, mean over all numbers by their probabilities"] = scores["expectation"]
     names = METRICS | {"rmse": f"RMSE ({unit})"}
     rows = [(shown, *(_number(column.get(name)) for column in columns.values())) for name, shown in names.items()]
+    prefix = facts.evaluated.get("answer_prefix")
+    decoding = f"greedy decoding of the number after {prefix!r}" if prefix else "greedy decoding"
     name, left_out = _set_name(facts.evaluated["source"]["path"]) or "A set without a name", scores["excluded_points"]
     return (
-        f"{name}, task {task}, greedy decoding. δk is the share of answers within a factor of 1.25^k of the truth; an "
+        f"{name}, task {task}, {decoding}. δk is the share of answers within a factor of 1.25^k of the truth; an "
         "answer without a number is wrong in every δ and left out of the errors. Not asked: "
         f"{scores['questions_not_asked']} questions, {left_out} points that the marker does not fit to."
         f"\n\n{_table(('', *columns), rows)}"

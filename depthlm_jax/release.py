@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-import shutil
+import fnmatch
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from depthlm_jax import files, hf, log
 from depthlm_jax.checkpoint import Checkpoints
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import lora, registry
+from depthlm_jax.models.folder import COPIED
 from depthlm_jax.run import Run, stored_dtype
 
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # fields of generation_config.json that are kept
+WRITTEN = (*COPIED, "model*.safetensors", "model.safetensors.index.json", "README.md", "adapter_*", "depthlm.json")
 NOTE = "depthlm"  # key in config.json, which other readers ignore; of an adapter, name of a file
 
 
@@ -43,8 +46,13 @@ def export_run(run: Run, output: Path, write_card: Callable[[int, Path], None] =
     return step
 
 
-def export_adapter(run: Run, output: Path) -> int:
+def export_adapter(run: Run, output: Path, base_model: str = "") -> int:
     """Returns the step whose low-rank factors were written to `output`, as a folder that `peft` loads, float32.
+
+    Args:
+      run: with a checkpoint.
+      output: is made, or replaced where it is an earlier adapter.
+      base_model: hub id of the weights that it stands beside; '': model.hf_dir.
 
     Raises:
       InputError: the run has no factors, or its other weights are random and nowhere else.
@@ -56,13 +64,13 @@ def export_adapter(run: Run, output: Path) -> int:
             expected="a run with low-rank factors, from a Hugging Face folder", fix="export without --adapter",
         )  # fmt: skip
     rules = lora.adapter_rules(network.lora_rules, registry.family(run.config.model.family).modules)
-    with _staged(output) as staging, _opened(run) as checkpoints:
+    with _staged(output, adapter=True) as staging, _opened(run) as checkpoints:
         step, read = checkpoints.open_parameters(network.shapes)
         shapes = {rule.path: network.shapes[rule.path] for rule in rules}
         hf.write_parameters(staging, rules, shapes, np.dtype(np.float32), ((path, read(path)) for path in shapes))
         (staging / "model.safetensors").rename(staging / "adapter_model.safetensors")
         targets = lora.targets(rules, network.shapes)
-        files.write_json(staging / "adapter_config.json", lora.adapter_config(settings, targets, base))
+        files.write_json(staging / "adapter_config.json", lora.adapter_config(settings, targets, base_model or base))
         files.write_json(staging / f"{NOTE}.json", _note(run.config))
     return step
 
@@ -98,33 +106,41 @@ def read_jsons(folder: Path) -> tuple[dict, dict]:
 
 
 @contextlib.contextmanager
-def _staged(output: Path) -> Iterator[Path]:
+def _staged(output: Path, *, adapter: bool = False) -> Iterator[Path]:
     """Yields a folder beside `output` that takes its place when all is written; an earlier export goes last."""
-    _refuse_foreign(output)
-    staging, old = (output.with_name(f"{output.name}.{state}") for state in ("incomplete", "old"))
-    shutil.rmtree(staging, ignore_errors=True)
-    files.make_writable(staging)
-    try:
+    refuse_foreign(output, adapter=adapter)
+    output = output.resolve()
+    files.make_writable(output.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
+        staging, old = Path(beside) / "new", Path(beside) / "old"
+        staging.mkdir()
         yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    if output.exists():
-        output.rename(old)
-    staging.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+        if output.exists():
+            output.rename(old)
+        try:
+            staging.rename(output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise
 
 
-def _refuse_foreign(output: Path) -> None:
-    """Raises InputError if `output` is a file, or holds anything but an earlier export of a run."""
-    config = output / "config.json"
-    ours = (output / f"{NOTE}.json").is_file()
-    ours = ours or (config.is_file() and NOTE in files.read_json(config, "give another --output"))
-    found = ["a file"] if output.is_file() else sorted(file.name for file in output.glob("*"))
-    if found and not ours:
+def refuse_foreign(output: Path, *, adapter: bool = False) -> None:
+    """Raises InputError unless `output` is new, empty, or an earlier export of the same kind and nothing else.
+
+    Args:
+      output: what is to be written.
+      adapter: whether that is an adapter.
+    """
+    config, note = output / "config.json", output / f"{NOTE}.json"
+    earlier = note.is_file() or (config.is_file() and NOTE in files.read_json(config, "give another --output"))
+    found = sorted(file.name for file in output.iterdir()) if output.is_dir() else []
+    foreign = [name for name in found if not any(fnmatch.fnmatch(name, pattern) for pattern in WRITTEN)]
+    if output.is_file() or output.is_mount() or (found and (not earlier or foreign or adapter != note.is_file())):
         raise InputError(
-            f"{output} is not empty", found=found[:6],
-            expected="a new or empty folder, or an earlier export of a run", fix="give another --output",
+            f"{output} is not empty", found=(foreign or found)[:6] or "a file, or the root of a disk",
+            expected="a new or empty folder, or an earlier export of the same kind and nothing else",
+            fix="give another --output",
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -46,11 +47,13 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
         before = config_module.load(saved)
         same_run.check_same_run(before, config, str(workdir))
         changed = same_run.mixture_changes(before, config)
-    if jax.process_index() == 0:
+
+    def prepare() -> None:
         files.make_writable(workdir)
         if begins:
             _begin(config, workdir / "base")
-    multihost_utils.sync_global_devices("base folder")
+
+    process_0_first(prepare, f"{workdir} could not be begun")
     rows, accumulate = config.data.global_batch_rows, config.train.gradient_accumulation_steps
     if rows % accumulate:
         raise InputError(
@@ -61,12 +64,27 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
     field = "data.global_batch_rows (divided by train.gradient_accumulation_steps)"
     run = connect(config, workdir, jax.devices(), rows // accumulate, field)
     if begins and config.model.hf_dir:
-        hf.open_folder(Path(config.model.hf_dir), run.network.rules, run.network.hf_shapes)  # raises if they are bad
+        _check_weights(run)
     if jax.process_index() == 0 and (changed or begins):  # only now: it can be trained
         for line in changed:
             log.say(f"{workdir} goes on with another mixture: {line}")
         config_module.save(config, saved)
     return run
+
+
+def process_0_first(action: Callable[[], None], failure: str) -> None:
+    """Runs `action` on process 0 while the others wait; where it fails, all stop, the others with InputError."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except Exception as caught:  # noqa: BLE001 whatever it is, the others have to be told before it is raised
+            error = caught
+    failed = multihost_utils.process_allgather(np.array(error is not None)).any()
+    if error is not None:
+        raise error
+    if failed:
+        raise InputError(failure, found="process 0 has stopped", expected="what its log says", fix="see its log")
 
 
 def check_same_data(sources: dict[str, Records]) -> None:
@@ -94,6 +112,24 @@ def _begin(config: config_module.Config, base: Path) -> None:
     write_base(config, staging)
     shutil.rmtree(base, ignore_errors=True)
     staging.rename(base)
+
+
+def _check_weights(run: Run) -> None:
+    """Raises InputError for weights that cannot be read, or whose frozen part could not be kept as it is."""
+    folder, network = Path(run.config.model.hf_dir), run.network
+    stored = hf.open_folder(folder, network.rules, network.hf_shapes).tensors
+    here = {path: leaf.dtype.itemsize for path, leaf in tree.flatten(network.abstract).items()}
+    wider = [
+        name
+        for rule in network.rules
+        for name in rule.tensors(network.shapes[rule.path])
+        if stored[name].dtype.itemsize > here[rule.path]
+    ]
+    if wider:
+        raise InputError(
+            f"{folder}: frozen weights would lose digits", found=f"{stored[wider[0]].dtype} in {wider[0]}",
+            expected="a torch_dtype in config.json that is as wide as they are", fix="correct torch_dtype there",
+        )  # fmt: skip
 
 
 def reopen(workdir: Path, wanted: config_module.Config | None = None) -> Run:

@@ -22,6 +22,8 @@ from depthlm_jax.train.step import answer_loss
 CELLS = ((9, 13), (11, 8))  # rows and columns of merged patches of the two test images
 DEPTHS_M = (1.87, 24.6)
 NEW_TOKENS = 32
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}  # whatever
+# generation_config.json says
 
 
 def verify(folder: Path) -> dict[str, float | bool]:
@@ -95,7 +97,7 @@ def _run_torch(folder: Path, processor, images) -> tuple[list[np.ndarray], list[
         with torch.no_grad():
             row = model(**_torch_inputs(model, whole, processor), **seen).logits[0].numpy()
             said = model.generate(
-                **_torch_inputs(model, prompt, processor), **seen, max_new_tokens=NEW_TOKENS, do_sample=False,
+                **_torch_inputs(model, prompt, processor), **seen, max_new_tokens=NEW_TOKENS, **GREEDY,
                 eos_token_id=list(processor.stop_tokens), pad_token_id=processor.pad_token,
             )  # fmt: skip
         logits.append(row[whole.answer_index_A])

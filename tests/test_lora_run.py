@@ -101,10 +101,30 @@ def test_the_adapter_in_peft_is_the_merged_model(trained, base, tmp_path):
     assert release.export_adapter(this, tmp_path / "adapter") == 2  # an earlier one is replaced
 
 
-def test_a_run_goes_on_and_another_rank_is_another_run(trained, scenes, base, tmp_path):
-    longer = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, max_steps=2))
-    run = runs.open_run(longer, trained.workdir)
-    assert run.network.lora_paths == trained.network.lora_paths
+def test_a_stopped_run_goes_on_bit_for_bit_and_another_rank_is_another_run(trained, tmp_path):
+    config = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, save_steps=1))
+    run = runs.open_run(config, tmp_path)
+    batches = pipeline.training_batches(pipeline.open_sources(config), run.processor, config)
+    trainer = loop.make_trainer(run.network, config, run.mesh)
+
+    class Stopped(Exception):
+        pass
+
+    def stop_after_one(state, batch, done=[]):  # noqa: B006 one list a run
+        if done:
+            raise Stopped
+        done.append(1)
+        return trainer.run_step(state, batch)
+
+    with pytest.raises(Stopped):
+        once = dataclasses.replace(trainer, run_step=stop_after_one)
+        loop.run(once, config, tmp_path, batches, lambda: runs.first_parameters(run))
+    again = train(config, tmp_path)
+    (_, found), (_, expected) = (runs.trained_parameters(one) for one in (again, trained))
+    for path, value in tree.flatten(expected).items():
+        other = tree.flatten(found)[path]
+        assert other.dtype == value.dtype
+        np.testing.assert_array_equal(other, value, err_msg=path)
     other = dataclasses.replace(trained.config.model, lora=dataclasses.replace(trained.config.model.lora, rank=3))
     with pytest.raises(InputError, match="model.lora.rank: 2 there, 3 here"):
         runs.open_run(dataclasses.replace(trained.config, model=other), trained.workdir)

@@ -71,6 +71,10 @@ def define_path(values: flags.FlagValues, name: str, text: str) -> None:
     flags.DEFINE_string(name, "", text, flag_values=values)
 
 
+def define_text(values: flags.FlagValues, name: str, text: str) -> None:
+    flags.DEFINE_string(name, "", text, flag_values=values)
+
+
 def define_word(values: flags.FlagValues, words: list[str], text: str) -> None:
     """Adds --word, which may be written without its name; None if it was not given."""
     flags.DEFINE_enum("word", None, words, text, flag_values=values)

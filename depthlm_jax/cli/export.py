@@ -16,12 +16,12 @@ def define_flags(values: flags.FlagValues) -> None:
     command.define_path(values, "workdir", "folder of the run whose latest checkpoint is written")
     command.define_path(values, "hf_dir", "instead of --workdir: a Hugging Face folder to write again")
     command.define_path(values, "output", "the folder to write")
-    command.define_path(values, "base_model", "USER/NAME on the hub of what training began from, for the model card; "
+    command.define_text(values, "base_model", "USER/NAME on the hub of what training began from, for the model card; "
                         "else told from the name of model.hf_dir")  # fmt: skip
-    command.define_path(values, "license", "of the weights, for the model card, as the hub spells it: apache-2.0; else "
+    command.define_text(values, "license", "of the weights, for the model card, as the hub spells it: apache-2.0; else "
                         "that of the base model")  # fmt: skip
     command.define_path(values, "evaluation", "metrics.json for the model card; else the one in WORKDIR/evaluation")
-    command.define_path(values, "push_to_hub", "USER/NAME on the hub to upload the folder to; `hf auth login` first")
+    command.define_text(values, "push_to_hub", "USER/NAME on the hub to upload the folder to; `hf auth login` first")
     flags.DEFINE_bool("adapter", False, "of a run with low-rank factors: write them alone, as a folder that peft loads",
                       flag_values=values)  # fmt: skip
     flags.DEFINE_bool("private", False, "a repository that --push_to_hub makes is private", flag_values=values)
@@ -30,11 +30,12 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> dict:
     output = command.read_path(values, "output")
     _check(values)
-    if values.push_to_hub:
-        hub.create(values.push_to_hub, values.private)
     if values.hf_dir:
         source = command.read_path(values, "hf_dir")
-        release.convert_folder(source, output, registry.family_of(source))
+        family = registry.family_of(source)
+        release.refuse_foreign(output)
+        _make_repository(values)
+        release.convert_folder(source, output, family)
         step = None
     else:
         step = _export(values, output)
@@ -51,25 +52,36 @@ def _check(values: flags.FlagValues) -> None:
     """Raises before hours of work are lost."""
     if bool(values.workdir) == bool(values.hf_dir):
         raise command.UsageError("give either --workdir or --hf_dir")
-    unused = [name for name in OF_THE_CARD if values[name].value and values.hf_dir]
+    card = [name for name in OF_THE_CARD if values[name].value]
+    unused = card if values.hf_dir else [name for name in card if values.adapter and name != "base_model"]
     if unused:
-        raise command.UsageError(f"--{unused[0]} is for the model card, which only --workdir writes")
-    if values.adapter and (values.hf_dir or any(values[name].value for name in OF_THE_CARD)):
-        raise command.UsageError("--adapter goes with --workdir alone; its folder has no model card")
+        raise command.UsageError(f"--{unused[0]} is for the model card, which --hf_dir and --adapter do not write")
+    if values.adapter and values.hf_dir:
+        raise command.UsageError("--adapter goes with --workdir")
+    if values.adapter and values.push_to_hub and not values.base_model:
+        raise command.UsageError("--base_model is needed: others do not have your model.hf_dir")
     if values.private and not values.push_to_hub:
         raise command.UsageError("--private is for --push_to_hub")
     if values.push_to_hub:
         model_card.check_hub_id(values.push_to_hub, "--push_to_hub")
 
 
+def _make_repository(values: flags.FlagValues) -> None:
+    if values.push_to_hub:
+        hub.create(values.push_to_hub, values.private)
+
+
 def _export(values: flags.FlagValues, output: Path) -> int:
     """Returns the step that was written."""
     this = runs.reopen(command.read_path(values, "workdir"))
     if values.adapter:
-        return release.export_adapter(this, output)
+        release.refuse_foreign(output, adapter=True)
+        _make_repository(values)
+        return release.export_adapter(this, output, values.base_model)
     scores = Path(values.evaluation) if values.evaluation else None
 
     def write_card(step: int, folder: Path) -> None:
         model_card.write(this, step, folder, values.base_model, values.license, scores, values.push_to_hub)
+        _make_repository(values)  # before hours of writing, but after all that can be wrong here
 
     return release.export_run(this, output, write_card)

@@ -2,7 +2,6 @@
 
 import jax
 from absl import flags
-from jax.experimental import multihost_utils
 
 from depthlm_jax import config as config_module
 from depthlm_jax import log, tree
@@ -46,9 +45,10 @@ def run(values: flags.FlagValues) -> dict:
 
 def _open_in_turn(config: config_module.Config) -> dict[str, Records]:
     """Returns the sources; process 0 opens them first, and writes the indexes that the others find."""
-    sources = {}
-    for turn in (0, 1):
-        if min(jax.process_index(), 1) == turn:
-            sources = pipeline.open_sources(config, log.Progress("index") if turn == 0 else None)
-        multihost_utils.sync_global_devices(f"sources {turn}")
-    return sources
+    opened: dict[str, Records] = {}
+
+    def open_first() -> None:
+        opened.update(pipeline.open_sources(config, log.Progress("index")))
+
+    runs.process_0_first(open_first, "the sources could not be opened")
+    return opened or pipeline.open_sources(config)

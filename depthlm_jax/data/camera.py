@@ -412,14 +412,14 @@ def processor_size(
     Source: HF `smart_resize` of Qwen2-VL, `get_resize_output_image_size` of Pixtral.
     """
     sides = height, width
+    if longest_px:
+        ratio = max(1.0, max(sides) / longest_px)
+        return tuple(grid * math.ceil(max(1, math.floor(side / ratio)) / grid) for side in sides)
     if max(sides) > MAX_ASPECT * min(sides):
         raise InputError(
             "image: too long and narrow", found=f"{width}x{height} px", expected=f"aspect ratio up to {MAX_ASPECT}",
             fix="crop the image",
         )  # fmt: skip
-    if longest_px:
-        ratio = max(1.0, max(sides) / longest_px)
-        return tuple(grid * math.ceil(math.floor(side / ratio) / grid) for side in sides)
     snapped = [grid * round(side / grid) for side in sides]
     if math.prod(snapped) > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

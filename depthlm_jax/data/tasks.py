@@ -192,6 +192,17 @@ def parse_answer(text: str, task: str = "distance") -> float | None:
     return parse_number(numbers[-1] if numbers else "", task)
 
 
+def beginnings(task: str, *, ray_first: bool) -> list[str]:
+    """Returns the texts that an answer may begin with such that its number follows at once.
+
+    >>> beginnings("distance", ray_first=False), beginnings("speed", ray_first=False)
+    (['<think> The point is around ', '<answer> '], ['<answer> '])
+    """
+    row = TASKS[task]
+    thinks = [] if ray_first or row.given != (1.0, 1.0) else [f"<think> {row.think.split('{')[0]}"]
+    return [*thinks, "<answer> "]
+
+
 def parse_number(text: str, task: str = "distance") -> float | None:
     """Returns the number that the whole text is, None where `parse_answer` would say it of an answer."""
     value = float(text) if re.fullmatch(NUMBER, text) else math.nan

@@ -13,7 +13,7 @@ import numpy as np
 
 from depthlm_jax import batch as batch_contract
 from depthlm_jax import config as config_module
-from depthlm_jax import log, sharding
+from depthlm_jax import files, log, sharding
 from depthlm_jax.data import packing, pipeline, tasks
 from depthlm_jax.data.records import open_source
 from depthlm_jax.data.transforms import Example
@@ -92,7 +92,7 @@ def evaluate(run: Run, parameters: dict) -> Result:
 
     Args:
       run: config, processor, mesh and network.
-      parameters: on the mesh, float32.
+      parameters: on the mesh.
 
     Raises:
       InputError: no question can be asked.
@@ -123,6 +123,12 @@ def _ends(run: Run) -> decode.Stops | decode.Numbers:
     settings, processor = run.config.eval, run.processor
     if not settings.answer_prefix:
         return decode.Stops(processor.stop_tokens)
+    expected = tasks.beginnings(settings.task, ray_first=run.config.data.camera_hint == "ray")
+    if settings.answer_prefix not in expected:
+        raise InputError(
+            "config: the answer's number does not follow eval.answer_prefix", found=repr(settings.answer_prefix),
+            expected=" or ".join(map(repr, expected)) + f", for {settings.task}", fix="set --config.eval.answer_prefix",
+        )  # fmt: skip
     return decode.Numbers(processor.digit_tokens, processor.point_token, tasks.TASKS[settings.task].may_be_zero)
 
 
@@ -196,7 +202,7 @@ def _round_up(value: int, step: int) -> int:
 def save(result: Result, step: int, settings: config_module.Eval, folder: Path) -> dict:
     """Writes metrics.json, which also says what was evaluated, and predictions.jsonl; returns the former's content."""
     report = {"step": step, "eval": dataclasses.asdict(settings), **result.scores()}
-    (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
+    files.write_json(folder / "metrics.json", report)
     lines = [json.dumps(dataclasses.asdict(answer)) for answer in result.answers]
     (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
     return report

@@ -53,7 +53,8 @@ def make(
 
     Args:
       name: key of IMPLEMENTATIONS.
-      branches: largest number in `branch_BT`; 0 where there is none but 0. A larger one in the data is not seen.
+      branches: largest number in `branch_BT`; 0 where there is none but 0. Keys of a larger one would
+        be seen by all.
       devices: that it will run on.
       per_device: `sharding.per_device(mesh)` where arrays are divided: XLA cannot divide a kernel by itself.
       interpret: run a TPU kernel on another platform, slowly, for tests.
@@ -80,7 +81,12 @@ def reference(q_BTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, among: Am
     Long rows go through it a chunk of queries at a time, recomputed in the backward pass: memory grows with chunk × T,
     not with T × T.
     """
-    return in_chunks(masked, q_BTNK, k_BTNK, v_BTNK, among, query_chunk(q_BTNK.shape[1]))
+    length = q_BTNK.shape[1]
+    chunk = query_chunk(length)
+    if chunk <= MAX_QUERIES:
+        return in_chunks(masked, q_BTNK, k_BTNK, v_BTNK, among, chunk)
+    longer = -(-length // LANES) * LANES  # the length has no divisor that would do
+    return in_chunks(masked, *_lengthen(longer, q_BTNK, k_BTNK, v_BTNK, among), query_chunk(longer))[:, :length]
 
 
 def in_chunks(attend: Callable, q_BTNK, k_BTNK, v_BTNK, among: Among, chunk: int) -> jax.Array:

@@ -31,10 +31,10 @@ def require(values: dict, name: str):
     return values[name]
 
 
-def require_value(values: dict, name: str, only: object) -> None:
+def require_value(values: dict, name: str, only: object, file: str = "config.json") -> None:
     """Raises InputError, naming the field, if it is there and asks for something that the port does not do."""
     if values.get(name, only) != only:
         raise InputError(
-            f"config.json: {name} is not supported", found=repr(values[name]), expected=repr(only),
+            f"{file}: {name} is not supported", found=repr(values[name]), expected=repr(only),
             fix="use a checkpoint with the published architecture",
         )  # fmt: skip

@@ -70,11 +70,11 @@ def rules(of_kernels: list[Rule], paths: set[str]) -> list[Rule]:
 
 
 def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, settings: Lora, *, stacked: bool) -> np.ndarray:
-    """Returns kernel + a · b · alpha / rank, float32; one layer at a time where they are stacked."""
-    if stacked:
-        return np.stack([merged(*parts, settings, stacked=False) for parts in zip(kernel, a, b, strict=True)])
-    product = np.tensordot(np.float32(a), np.float32(b), axes=1) * np.float32(settings.alpha / settings.rank)
-    return np.float32(kernel) + product
+    """Returns kernel + a · b · alpha / rank, float32; beside it there is the product of one layer in memory."""
+    out, scale = np.array(kernel, np.float32), np.float32(settings.alpha / settings.rank)
+    for layer, a_of_layer, b_of_layer in zip(*((out, a, b) if stacked else (out[None], a[None], b[None])), strict=True):
+        layer += np.tensordot(np.float32(a_of_layer), np.float32(b_of_layer), axes=1) * scale
+    return out
 
 
 def adapter_rules(of_factors: list[Rule], modules: dict[str, str]) -> list[Rule]:

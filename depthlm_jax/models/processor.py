@@ -11,6 +11,7 @@ import transformers
 from depthlm_jax import files
 from depthlm_jax.batch import Sample
 from depthlm_jax.errors import InputError
+from depthlm_jax.models.hf_config import require
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # one of them is enough
 INCOMPLETE = "give a complete Hugging Face folder; weights are not needed here"
@@ -25,6 +26,14 @@ class ImageTokens:
     slot_N: np.ndarray  # merged patch that each shows, counted from the image's first; −1: it is a word, not a patch
     positions_N3: np.ndarray  # counted from the image's first position
     advance: int  # positions that the image takes
+
+
+def read_preprocessor(folder: Path) -> dict:
+    """Returns preprocessor_config.json; transformers 5 saves it inside processor_config.json."""
+    whole = folder / "processor_config.json"
+    if (folder / "preprocessor_config.json").is_file() or not whole.is_file():
+        return files.read_json(folder / "preprocessor_config.json", INCOMPLETE)
+    return require(files.read_json(whole, INCOMPLETE), "image_processor")
 
 
 class Processor:
@@ -44,7 +53,7 @@ class Processor:
         """
         self.folder = folder = Path(folder)
         self.config = type(self).read_config(
-            *(files.read_json(folder / name, INCOMPLETE) for name in ("config.json", "preprocessor_config.json"))
+            files.read_json(folder / "config.json", INCOMPLETE), read_preprocessor(folder)
         )
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise InputError(
@@ -172,10 +181,17 @@ class Processor:
     def _template(self, images: int, turns: Sequence[tuple[str, str | None]]) -> str:
         """Returns the chat up to where the last turn's answer begins."""
         (first, _), *others = turns
-        messages = [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": first}]}]
+        said = {"type": "text", "text": first, "content": first}  # templates know it by either name
+        messages = [{"role": "user", "content": [{"type": "image"}] * images + [said]}]
         for (_, answer), (question, _) in zip(turns, others, strict=False):
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if not all(question in text for question, _ in turns):
+            raise InputError(
+                f"{self.folder}: the chat template leaves out the question", found=text[:200],
+                expected="every message's text", fix="use the chat template that belongs to this model",
+            )  # fmt: skip
+        return text
 
     def _text(
         self, images: int, turns: Sequence[tuple[str, str | None]], layout: str, loss_on: str, begin: str = ""

@@ -78,7 +78,7 @@ class Network:
 
     rules: list[Rule]  # of the parameters that a Hugging Face folder has
     lora_rules: list[Rule]  # of those beside them
-    abstract: dict  # parameters as ShapeDtypeStruct, float32
+    abstract: dict  # parameters as ShapeDtypeStruct
     init: Callable  # key → parameters
     logits: Callable  # (parameters, batch) → logits_BAV
     prefill: Callable  # (parameters, batch, new_slots) → logits_BAV, cache

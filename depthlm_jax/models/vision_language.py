@@ -69,7 +69,10 @@ class VisionLanguage(nnx.Module):
         merged_BMD = self.see(batch["patches_BPC"], batch["patch_rc_BP2"], batch["image_id_BP"])
         index_BT1 = batch["vision_index_BT"][..., None]
         seen_BTD = jnp.take_along_axis(merged_BMD, jnp.maximum(index_BT1, 0), axis=1)
-        return jnp.where(index_BT1 >= 0, seen_BTD, self.decoder().embed_tokens(batch["tokens_BT"]))
+        # Gathered whole: a table that is divided along D would be looked up for all rows on every device.
+        table_VD = self.how.constrain(self.decoder().embed_tokens.embedding[...], "V.")
+        words_BTD = self.how.constrain(jnp.take(table_VD, batch["tokens_BT"], axis=0), "BTD")
+        return jnp.where(index_BT1 >= 0, seen_BTD, words_BTD)
 
     def answer_logits(self, hidden_BTD: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
         """Returns logits_BAV; the vocabulary is multiplied with answer slots only."""

@@ -31,7 +31,7 @@ def prompts_of(case, begin: str):
     for seed, grids in enumerate(([(3, 5)], [(4, 2), (2, 3)])):
         images = tiny.random_images(case.config, grids, seed)
         sample = case.processor.encode(images, [(f"{tiny.QUESTION} {seed} times", None)], begin=begin)
-        examples.append(tiny.Example(sample, tiny.torch_inputs(case, sample, images)))
+        examples.append(tiny.Example(images, sample, tiny.torch_inputs(case, sample, images)))
     return examples
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import transformers
 
 from depthlm_jax.errors import InputError
@@ -23,7 +24,7 @@ PREPROCESSOR = {  # the published preprocessor_config.json
     "rescale_factor": 1 / 255,
     "size": {"longest_edge": 1024},
 }
-ANY_PX = 1 << 16  # where images are not resized: more than any has
+PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ def read_config(hf_config: dict, preprocessor: dict) -> PixtralConfig:
         ),
         rope_theta=float(text.rope_parameters["rope_theta"]),
         image_token_id=read.image_token_index,
-        **_read_preprocessor(preprocessor, vision.patch_size),
+        **_read_preprocessor(preprocessor, vision.patch_size, int(np.min(vision.image_size))),
     )  # fmt: skip
 
 
@@ -150,8 +151,8 @@ def _check_supported(values: dict) -> None:
         require_value({name: found}, name, only)
 
 
-def _read_preprocessor(values: dict, patch_size: int) -> dict:
-    """Returns the fields of PixtralConfig that preprocessor_config.json decides."""
+def _read_preprocessor(values: dict, patch_size: int, image_size: int) -> dict:
+    """Returns the fields of PixtralConfig that preprocessor_config.json decides; sides end at `image_size`."""
     patch = values.get("patch_size", PREPROCESSOR["patch_size"])
     sides = set(patch.values()) if isinstance(patch, dict) else {patch}
     if sides != {patch_size}:
@@ -159,11 +160,17 @@ def _read_preprocessor(values: dict, patch_size: int) -> dict:
             "preprocessor_config.json: patch_size differs from the vision tower's", found=patch,
             expected=f"vision_config.patch_size, {patch_size}", fix="use the files that belong together",
         )  # fmt: skip
-    require_value(values, "do_normalize", True)
+    require_value(values, "do_normalize", True, PREPROCESSOR_FILE)
     rescale, resize = values.get("do_rescale", True), values.get("do_resize", True)
+    longest = int(require(require(values, "size"), "longest_edge")) if resize else image_size
+    if longest > image_size:  # transformers 4 mistakes positions beyond it for others
+        raise InputError(
+            f"{PREPROCESSOR_FILE}: images may be larger than the vision tower's", fix="raise both, or lower the former",
+            found=f"size.longest_edge {longest}", expected=f"at most vision_config.image_size, {image_size}",
+        )  # fmt: skip
     return {
         "image_mean": tuple(require(values, "image_mean")),
         "image_std": tuple(require(values, "image_std")),
         "rescale_factor": float(values.get("rescale_factor", 1 / 255)) if rescale else 1.0,
-        "longest_px": int(require(require(values, "size"), "longest_edge")) if resize else ANY_PX,
+        "longest_px": longest,
     }

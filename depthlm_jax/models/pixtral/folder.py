@@ -8,7 +8,7 @@ from depthlm_jax import files
 from depthlm_jax.models import folder
 from depthlm_jax.models.folder import hub_dtype
 from depthlm_jax.models.hf_config import require
-from depthlm_jax.models.pixtral.config import MODEL_TYPE, PARTS, PREPROCESSOR
+from depthlm_jax.models.pixtral.config import MODEL_TYPE, PARTS, PREPROCESSOR, read_config
 from depthlm_jax.models.pixtral.tokenizer import FORMAT
 from depthlm_jax.models.tokenizer import build_small_tokenizer
 
@@ -49,7 +49,12 @@ def write_scratch(hf_config: dict, texts: list[str], target: Path) -> None:
 def copy_published(source: Path, target: Path) -> list[str]:
     """Returns warnings, see models/folder.py; processor_config.json holds what transformers 5 and 4.51 agree on."""
     warnings = folder.copy_published(
-        source, target, config=hub_config, preprocessor=hub_preprocessor, tokenizer_class=FORMAT.tokenizer_class
+        source,
+        target,
+        check=read_config,
+        config=hub_config,
+        preprocessor=hub_preprocessor,
+        tokenizer_class=FORMAT.tokenizer_class,
     )
     patch = files.read_json(target / "config.json", folder.DAMAGED)["vision_config"].get("patch_size", 16)
     files.write_json(target / "processor_config.json", PROCESSOR | {"patch_size": patch})

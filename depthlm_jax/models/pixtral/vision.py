@@ -56,12 +56,23 @@ class VisionBlock(nnx.Module):
         return x_BPD + self.feed_forward(self.ffn_norm(x_BPD))
 
 
+class PatchEmbed(nnx.Module):
+    """Conv2d over a patch as a matrix."""
+
+    def __init__(self, config: PixtralConfig, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.vision.initializer_range)
+        self.kernel = nnx.Param(init(rngs.params(), (config.channels, config.vision.hidden_size)))
+
+    def __call__(self, pixels_BPC: jax.Array) -> jax.Array:
+        return pixels_BPC @ self.kernel[...]
+
+
 class VisionTower(nnx.Module):
     """Source: HF PixtralVisionModel."""
 
     def __init__(self, config: PixtralConfig, rngs: nnx.Rngs, how: Execution):
         sizes, spread = config.vision, config.vision.initializer_range
-        self.patch_conv = linear_of(spread, rngs)(config.channels, sizes.hidden_size, use_bias=False)
+        self.patch_conv = PatchEmbed(config, rngs)
         self.ln_pre = RMSNorm(sizes.hidden_size, NORM_EPS)
         blocks = stack(lambda r: VisionBlock(sizes, linear_of(spread, r)), sizes.num_hidden_layers, rngs)
         self.transformer = nnx.Dict(layers=blocks)

@@ -75,6 +75,8 @@ class Qwen25VLConfig:
 
 
 MODEL_TYPE = "qwen2_5_vl"
+ROPE_THETA = 10000.0  # of the vision tower; published files do not name it
+PREPROCESSOR_FILE = "preprocessor_config.json"
 PREPROCESSOR = {  # the published preprocessor_config.json of every size
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
@@ -108,6 +110,7 @@ def read_config(hf_config: dict, preprocessor: dict) -> Qwen25VLConfig:
     require_value(vision, "hidden_act", "silu")
     rope_type = rope.get("rope_type") or rope.get("type", "default")
     require_value({"rope_type": "default" if rope_type == "mrope" else rope_type}, "rope_type", "default")
+    _check_vision(vision, preprocessor)
     heads, hidden = require(text, "num_attention_heads"), require(text, "hidden_size")
     sizes = {name: require(text, name) for name in TEXT_SIZES}
     config = Qwen25VLConfig(
@@ -133,6 +136,18 @@ TEXT_SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "rms_norm_eps",
 )  # fmt: skip
+
+
+def _check_vision(vision: dict, preprocessor: dict) -> None:
+    """Raises InputError for what the vision tower here does not do."""
+    require_value(vision.get("rope_parameters") or {}, "rope_theta", ROPE_THETA)
+    expected = {name: require(vision, name) for name in ("patch_size", "temporal_patch_size")}
+    expected |= {"merge_size": require(vision, "spatial_merge_size")}
+    expected |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    for name, only in expected.items():
+        require_value(preprocessor, name, only, PREPROCESSOR_FILE)
+    factor = preprocessor.get("rescale_factor", 1 / 255)
+    require_value({"rescale_factor × 255": round(255 * factor, 6)}, "rescale_factor × 255", 1.0, PREPROCESSOR_FILE)
 
 
 def _check(config: Qwen25VLConfig) -> None:

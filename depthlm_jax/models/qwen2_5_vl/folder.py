@@ -8,7 +8,7 @@ from depthlm_jax import files
 from depthlm_jax.models import folder
 from depthlm_jax.models.folder import hub_dtype
 from depthlm_jax.models.hf_config import require
-from depthlm_jax.models.qwen2_5_vl.config import MODEL_TYPE, PREPROCESSOR
+from depthlm_jax.models.qwen2_5_vl.config import MODEL_TYPE, PREPROCESSOR, read_config
 from depthlm_jax.models.qwen2_5_vl.tokenizer import FORMAT
 from depthlm_jax.models.tokenizer import build_small_tokenizer
 
@@ -57,7 +57,12 @@ def write_scratch(hf_config: dict, texts: list[str], target: Path) -> None:
 def copy_published(source: Path, target: Path) -> list[str]:
     """Returns warnings, see models/folder.py; 4.51 would take a processor_config.json for the preprocessor's."""
     warnings = folder.copy_published(
-        source, target, config=flat_config, preprocessor=hub_preprocessor, tokenizer_class=FORMAT.tokenizer_class
+        source,
+        target,
+        check=read_config,
+        config=flat_config,
+        preprocessor=hub_preprocessor,
+        tokenizer_class=FORMAT.tokenizer_class,
     )
     (target / "processor_config.json").unlink(missing_ok=True)
     return warnings

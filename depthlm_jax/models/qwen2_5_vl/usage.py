@@ -67,7 +67,8 @@ def ask(model, processor, tokenizer, image, question):
     """Returns the model's answer, token by token the likeliest."""
     resize = {} if GEOMETRY == "official" else {"do_resize": False}
     seen = processor(images=[image], return_tensors="pt", **resize).to(model.device, model.dtype)
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    said = {"type": "text", "text": question, "content": question}  # templates know it by either name
+    message = {"role": "user", "content": [{"type": "image"}, said]}
     prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     merged = seen["image_grid_thw"].prod().item() // model.config.vision_config.spatial_merge_size**2
     prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * merged)

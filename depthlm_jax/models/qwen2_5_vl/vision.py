@@ -25,10 +25,9 @@ from depthlm_jax.models.layers import (
     scan_layers,
     stack,
 )
-from depthlm_jax.models.qwen2_5_vl.config import Qwen25VLConfig, Vision
+from depthlm_jax.models.qwen2_5_vl.config import ROPE_THETA, Qwen25VLConfig, Vision
 
 NORM_EPS = 1e-6  # Source: HF Qwen2_5_VLVisionBlock, a constant there too
-ROPE_THETA = 10000.0
 
 
 class VisionAttention(nnx.Module):
@@ -65,7 +64,7 @@ class PatchEmbed(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), shape))
 
     def __call__(self, pixels_BPC: jax.Array) -> jax.Array:
-        return pixels_BPC @ self.kernel[...].sum(0)
+        return jnp.einsum("bpc,fcd->bpd", pixels_BPC, self.kernel[...])  # their sum in bfloat16 would be rounded
 
 
 class PatchMerger(nnx.Module):
