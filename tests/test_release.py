@@ -199,3 +199,49 @@ def test_memory_of_a_conversion_does_not_grow_with_the_folder(exported, tmp_path
     ]
     convert.compare(tmp_path / "large", tmp_path / "output/large")
     assert peaks_gb[1] - peaks_gb[0] < 0.3 * size_gb
+
+
+def test_what_lies_beside_and_inside_an_export_is_not_touched(workdir, exported):
+    for name in ("hf.old", "hf.incomplete"):
+        (exported.parent / name).mkdir()
+        (exported.parent / name / "mine").write_text("kept")
+    release.export_run(runs.reopen(workdir), exported)
+    assert all((exported.parent / name / "mine").read_text() == "kept" for name in ("hf.old", "hf.incomplete"))
+    (exported / "notes.md").write_text("mine")
+    before = worlds.listing(exported)
+    with pytest.raises(InputError, match=r"(?s)is not empty.*notes.md.*nothing else"):
+        release.export_run(runs.reopen(workdir), exported)
+    assert worlds.listing(exported) == before
+
+
+def test_a_link_keeps_leading_to_where_it_leads(workdir, tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "hf").symlink_to(tmp_path / "large_disk")
+    for _ in range(2):
+        release.export_run(runs.reopen(workdir), tmp_path / "hf")
+    assert (tmp_path / "hf").is_symlink()
+    assert (tmp_path / "large_disk/model.safetensors").is_file()
+
+
+def test_a_model_is_not_replaced_by_an_adapter(workdir, exported):
+    with pytest.raises(InputError, match="of the same kind"):
+        release.refuse_foreign(exported, adapter=True)
+    release.refuse_foreign(exported)
+
+
+def test_only_known_files_are_published(exported, tmp_path):
+    for name in ("hf_token.txt", "trainer_state.json", "pytorch_model.bin.index.json"):
+        (exported / name).write_text("{}")
+    release.convert_folder(exported, tmp_path / "copy", "qwen2_5_vl")
+    names = {file.name for file in (tmp_path / "copy").iterdir()}
+    assert not names & {"hf_token.txt", "trainer_state.json", "pytorch_model.bin.index.json"}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
+
+
+def test_no_penalty_reaches_whoever_decodes(workdir, tmp_path):
+    file = workdir / "base/generation_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"repetition_penalty": 1.05, "do_sample": True, "temperature": 0.1}))
+    release.export_run(runs.reopen(workdir), tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == values | {"do_sample": False}
+    file.write_text(json.dumps(values))

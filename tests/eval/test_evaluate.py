@@ -177,3 +177,13 @@ def test_distinct_answers_of_a_hundred():
     average = np.mean([len(np.unique(draw[~np.isnan(draw)])) for draw in draws])
     assert evaluate.distinct_per_100(numbers) == pytest.approx(average, abs=0.2)
     assert evaluate.distinct_per_100([None, None]) == 0
+
+
+@pytest.mark.parametrize(
+    "task, prefix, hint", [("speed", BEGIN, "none"), ("distance", BEGIN.rstrip(), "none"), ("distance", BEGIN, "ray")]
+)
+def test_a_prefix_that_no_answer_follows(scenes, tmp_path, task, prefix, hint):
+    changes = {"eval.task": task, "eval.answer_prefix": prefix, "data.camera_hint": hint}
+    run = open_run(scenes, tmp_path, changes)
+    with pytest.raises(InputError, match=r"(?s)does not follow eval.answer_prefix.*'<answer> ', for"):
+        evaluate.evaluate(run, {})

@@ -157,6 +157,13 @@ def test_gradients_are_those_of_the_product(case, network, parameters, settings,
             assert np.abs(ours - value).max() <= GRADIENT_TOLERANCE * np.abs(value).max(), (layer, name)
 
 
+def test_every_linear_layer_may_have_factors(case):
+    everything = registry.build(case.family, case.config, low_rank=Lora(".*", rank=2))
+    hf.tensor_shapes(everything.lora_rules, {path: everything.shapes[path] for path in everything.lora_paths})
+    kernels = {rule.path for rule in everything.rules if rule.path.endswith("kernel") and "patch" not in rule.path}
+    assert {path.replace("lora_a", "kernel") for path in everything.lora_paths if path.endswith("lora_a")} == kernels
+
+
 @pytest.mark.parametrize(
     "pattern, says",
     [

@@ -272,3 +272,13 @@ def test_incomplete_folder(processor, tmp_path, name):
     (folder / name).unlink()
     with pytest.raises(InputError, match=f"(?s){name}: cannot be read.*complete Hugging Face folder"):
         Processor(folder)
+
+
+def test_a_template_that_knows_text_by_its_older_name(processor, monkeypatch):
+    ours = processor.encode([], [(QUESTION, "2.35")]).tokens_T
+    older = processor.tokenizer.chat_template.replace("item['text']", "item['content']")
+    monkeypatch.setattr(processor.tokenizer, "chat_template", older)
+    np.testing.assert_array_equal(processor.encode([], [(QUESTION, "2.35")]).tokens_T, ours)
+    monkeypatch.setattr(processor.tokenizer, "chat_template", older.replace("item['content']", "item['words']"))
+    with pytest.raises(InputError, match="chat template leaves out the question"):
+        processor.encode([], [(QUESTION, "2.35")])
