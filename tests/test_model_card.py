@@ -349,7 +349,8 @@ def test_scores_name_their_own_set(workdir, evaluated):
     (index,) = values["model-index"]
     assert index["name"] == "mine"
     assert index["results"][0]["dataset"] == {"name": "nyuv2", "type": "nyuv2", "split": "test"}
-    card = model_card.text(facts({"eval.source.path": ""}, scores=scores))
+    nowhere = scores | {"eval": dataclasses.asdict(config_module.Eval())}
+    card = model_card.text(facts({"eval.source.path": ""}, scores=nowhere))
     assert "model-index" not in front_matter(card) and "A set without a name" in card
 
 

@@ -32,7 +32,7 @@ class NoTokens:
     """What the questions need to know of a processor: Qwen2.5-VL's published sizes."""
 
     class config:
-        grid_px, min_pixels, max_pixels = 28, 3136, 12845056
+        grid_px, min_pixels, max_pixels, longest_px = 28, 3136, 12845056, 0
 
 
 @pytest.fixture

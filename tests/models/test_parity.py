@@ -1,7 +1,9 @@
 """The whole model against transformers on PyTorch: float32, CPU, packed rows against samples run alone."""
 
+import copy
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -248,7 +250,7 @@ def test_the_loss_of_a_sample_has_no_gradient_at_another_samples_words(one_run):
     weights_BA[0, : len(first.targets_A)] = 1
     _, gradient = one_run.loss(one_run.case.parameters, one_run.batch | {"weights_BA": weights_BA})
     moved = set(np.flatnonzero(np.abs(embedding_of(gradient)).max(-1)).tolist())
-    words = set(first.tokens_T.tolist()) - {one_run.case.config.image_token_id}
+    words = set(first.tokens_T[:-1].tolist()) - {one_run.case.config.image_token_id}
     assert moved == words
     assert set(second.tokens_T.tolist()) - words - {one_run.case.config.image_token_id}
 
@@ -258,14 +260,29 @@ def embedding_of(parameters: dict) -> jax.Array:
 
 
 def test_bfloat16_stays_near_float32(one_run):
-    """Divergence from float32 as measured: 1.5e-4 on average, 4.4e-4 at most."""
+    """The divergence from float32 is at most twice that of PyTorch in bfloat16."""
     exact = one_run.with_batch()
     rough = one_run.logits(tree.cast(one_run.case.parameters, jnp.bfloat16), one_run.batch)
     assert rough.dtype == jnp.float32
     exact, rough = (jax.nn.log_softmax(logits_BAV) for logits_BAV in (exact, rough))
     kl_BA = np.asarray(jnp.sum(jnp.exp(exact) * (exact - rough), axis=-1))[one_run.batch["weights_BA"] > 0]
-    assert 0 < kl_BA.mean() < 3e-4
-    assert kl_BA.max() < 1e-3
+    theirs_A = divergence_of_torch(one_run)
+    assert 0 < kl_BA.mean() <= 2 * theirs_A.mean()
+    assert kl_BA.max() <= 2 * theirs_A.max()
+
+
+def divergence_of_torch(run: Run) -> np.ndarray:
+    """Returns KL(float32 ‖ bfloat16) of PyTorch at every answer position."""
+    rough_model, found = copy.deepcopy(run.case.hf_model).to(torch.bfloat16), []
+    for example in itertools.chain(*run.rows):
+        inputs = example.torch_inputs
+        with torch.no_grad():
+            exact = run.case.hf_model(**inputs).logits[0]
+            pixels = inputs["pixel_values"].to(torch.bfloat16)
+            rough = rough_model(**inputs | {"pixel_values": pixels}).logits[0].float()
+        log_p, log_q = (x[example.sample.answer_index_A].log_softmax(-1) for x in (exact, rough))
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(found).numpy()
 
 
 TURNS = [(f"{tiny.QUESTION} number {number}", f"<answer> {number}.25 </answer>") for number in range(1, 5)]

@@ -64,7 +64,7 @@ class PatchEmbed(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), shape))
 
     def __call__(self, pixels_BPC: jax.Array) -> jax.Array:
-        return jnp.einsum("bpc,fcd->bpd", pixels_BPC, self.kernel[...])  # their sum in bfloat16 would be rounded
+        return jnp.einsum("...c,fcd->...d", pixels_BPC, self.kernel[...])  # their sum in bfloat16 would be rounded
 
 
 class PatchMerger(nnx.Module):

@@ -145,7 +145,12 @@ def test_pixels_are_scaled_as_the_file_says(rescale):
     assert (config.rescale_factor == 1) == (rescale == {"do_rescale": False})
 
 
-def test_images_of_any_size_where_they_are_not_resized():
+def test_images_as_large_as_the_tower_takes_where_they_are_not_resized():
     config = read_config(TINY, PREPROCESSOR | {"do_resize": False})
-    assert config.longest_px >= 50_000
+    assert config.longest_px == 1024
     assert config.max_pixels == config.longest_px**2
+
+
+def test_images_larger_than_the_tower_are_refused():
+    with pytest.raises(InputError, match=r"(?s)size.longest_edge 2048.*vision_config.image_size, 1024.*raise both"):
+        read_config(TINY, PREPROCESSOR | {"size": {"longest_edge": 2048}})
