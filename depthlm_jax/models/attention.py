@@ -1,7 +1,7 @@
 """Attention behind one function: softmax(q·k / √K) v over the keys that `Among` names, softmax in float32.
 
 name    runs on          keeps
-xla     everything       a chunk of queries × T for each head; the others are tested against it
+xla     everything       a block of queries × keys for each head
 splash  TPU              blocks on the chip
 cudnn   NVIDIA GPU       a chunk of queries × T, the mask; bfloat16
 """
@@ -15,7 +15,9 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from depthlm_jax.errors import InputError
+from depthlm_jax.models import blockwise
 
+SHORT = 256  # tokens of a row: up to it the mask of the whole row is no concern
 MAX_QUERIES, MIN_QUERIES = 1024, 128  # of a chunk: below the one memory is no concern, below the other speed is
 LANES = 128  # the kernels get rows whose length is a multiple of it
 BLOCKS = (512, 384, 256, LANES)  # sides of a block of the splash kernel, best first
@@ -32,7 +34,7 @@ FIX = "set --config.model.attention=xla"
 class Among:
     """Which keys a query sees: those with its own id; of these, those of branch 0 or its own; none after itself."""
 
-    ids_BT: jax.Array  # sample or image number; 0 = padding, which sees padding
+    ids_BT: jax.Array  # sample or image number; 0 = padding, whose output means nothing
     branch_BT: jax.Array | None = None  # None: all are of one branch
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -76,17 +78,11 @@ def masked(q_BTNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, mask_BTS: ja
 
 
 def reference(q_BTNK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, among: Among) -> jax.Array:
-    """Returns out_BTNK in plain XLA.
-
-    Long rows go through it a chunk of queries at a time, recomputed in the backward pass: memory grows with chunk × T,
-    not with T × T.
-    """
-    length = q_BTNK.shape[1]
-    chunk = query_chunk(length)
-    if chunk <= MAX_QUERIES:
-        return in_chunks(masked, q_BTNK, k_BTNK, v_BTNK, among, chunk)
-    longer = -(-length // LANES) * LANES  # the length has no divisor that would do
-    return in_chunks(masked, *_lengthen(longer, q_BTNK, k_BTNK, v_BTNK, among), query_chunk(longer))[:, :length]
+    """Returns out_BTNK in plain XLA: short rows at once, longer ones block by block."""
+    if q_BTNK.shape[1] <= SHORT:
+        return masked(q_BTNK, k_BTNK, v_BTNK, visible(among, np.arange(q_BTNK.shape[1]), among))
+    branch_BT = jnp.zeros_like(among.ids_BT) if among.branch_BT is None else among.branch_BT
+    return blockwise.attend(q_BTNK, k_BTNK, v_BTNK, among.ids_BT, branch_BT, among.causal)
 
 
 def in_chunks(attend: Callable, q_BTNK, k_BTNK, v_BTNK, among: Among, chunk: int) -> jax.Array:
@@ -132,7 +128,7 @@ def query_chunk(length: int, unit: int = 1) -> int:
 
 
 def _make_xla(branches: int, devices: Sequence, per_device: PerDevice, interpret: bool) -> Attend:
-    return reference
+    return per_device(reference, ("BTNK", "BTNK", "BTNK", "BT"), "BTNK")
 
 
 def _make_splash(branches: int, devices: Sequence, per_device: PerDevice, interpret: bool) -> Attend:
