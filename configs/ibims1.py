@@ -15,7 +15,7 @@ def get_config(arg: str = ""):
 
     config.model.random_weights = True
     config.model.compute_dtype = "float32"
-    config.model.remat = False
+    config.model.remat = "none"
     config.model.hf_config = dict(
         hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=4096,

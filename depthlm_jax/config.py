@@ -34,8 +34,10 @@ class Model:
     random_weights: bool = False  # where hf_dir is empty: start from nothing, with the sizes in hf_config
     hf_config: dict = dataclasses.field(default_factory=dict)  # content of config.json
     compute_dtype: str = "bfloat16"
-    attention: str = "xla"  # or splash (TPU), cudnn (NVIDIA GPU)
-    remat: bool = True  # recompute each block in the backward pass
+    attention: str = "auto"  # splash on TPUs, cudnn on NVIDIA GPUs in bfloat16, else xla; or one of these by name
+    remat: str = "full"  # what the backward pass computes again: full (every layer), attended (all but attention), dots
+    # (all but matrix products), none
+    unroll: int = 1  # layers in a turn of the loop over layers: more compile longer and may run faster
     seed: int = 0  # of random weights
     lora: Lora = Lora()
 
@@ -125,6 +127,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
+    name: str = "adamw"  # or adafactor, lion, muon
     learning_rate: float = 1e-5
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
@@ -138,12 +141,14 @@ class Optim:
 @dataclasses.dataclass(frozen=True)
 class Train:
     max_steps: int = 1000
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 1  # 0: as many as leave each device one row at a time
+    accumulation_dtype: str = "float32"  # of the sum of gradients over them
     loss_on: str = "answer"  # or official: every text token, the prompt's too
     digit_weight: float = 1.0  # weight of the answer's digits in the loss
     seed: int = 0  # of data order, crops and query points
     save_steps: int = 500
     logging_steps: int = 10
+    compilation_cache: str = ""  # folder where compiled programs are kept for the next start; empty: they are not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +165,10 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: int = -1  # -1: all devices that the other axes leave
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the parameters; -1: all devices that the other axes leave
+    fsdp: int = 1  # devices that share the parameters, and have rows of their own
+    tensor: int = 1  # devices that share each layer, and its rows
+    replica: int = 0  # copies on TPU slices that are joined by a slower network; 0: one on each slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +191,10 @@ USERS = {"sources", "groups", "hf_config"}  # dicts whose keys are the user's
 NAMED = {"data.sources": "source", "optim.groups": "group"}  # sections with names of the user's choice
 CHOICES = {  # "*" stands for such a name
     "model.compute_dtype": ("bfloat16", "float32"),
-    "model.attention": ("xla", "splash", "cudnn"),
+    "model.attention": ("auto", "xla", "splash", "cudnn"),
+    "model.remat": ("full", "attended", "dots", "none"),
+    "optim.name": ("adamw", "adafactor", "lion", "muon"),
+    "train.accumulation_dtype": ("float32", "bfloat16"),
     "data.sources.*.depth_kind": ("z", "ray"),
     "eval.source.depth_kind": ("z", "ray"),
     "eval.task": TASKS,
@@ -199,29 +208,24 @@ CHOICES = {  # "*" stands for such a name
     "train.loss_on": ("answer", "official"),
 }
 COUNT, AMOUNT = (1, 2**31 - 1), (0, 2**31 - 1)
+COUNTS = (
+    "data.reference.scale", "data.reference.questions", "data.global_batch_rows", "data.max_tokens",
+    "data.max_patches", "data.max_answer_tokens", "train.max_steps", "train.save_steps", "train.logging_steps",
+    "eval.samples", "eval.batch_rows", "eval.max_new_tokens", "model.lora.rank", "model.unroll",
+)  # fmt: skip
+AMOUNTS = (
+    "model.seed", "train.seed", "eval.seed", "data.max_bad_records", "data.read_threads", "data.prefetch_rows",
+    "data.geometry.focal_px", "train.digit_weight", "optim.learning_rate", "optim.weight_decay", "data.workers",
+    "data.mixture.size_cap", "data.sources.*.weight", "model.lora.alpha", "train.gradient_accumulation_steps",
+    "mesh.replica", "optim.groups.*.factor",
+)  # fmt: skip
 RANGES = {  # of numbers, both ends included
-    **dict.fromkeys(
-        (
-            "data.reference.scale", "data.reference.questions", "data.global_batch_rows", "data.max_tokens",
-            "data.max_patches", "data.max_answer_tokens", "train.max_steps", "train.gradient_accumulation_steps",
-            "train.save_steps", "train.logging_steps", "eval.samples", "eval.batch_rows", "eval.max_new_tokens",
-            "model.lora.rank",
-        ),
-        COUNT,
-    ),
-    **dict.fromkeys(
-        (
-            "model.seed", "train.seed", "eval.seed", "data.max_bad_records", "data.read_threads", "data.prefetch_rows",
-            "data.geometry.focal_px", "train.digit_weight", "optim.learning_rate", "optim.weight_decay", "data.workers",
-            "data.mixture.size_cap", "data.sources.*.weight", *(f"data.tasks.{name}" for name in TASKS),
-            "model.lora.alpha",
-        ),
-        AMOUNT,
-    ),
+    **dict.fromkeys(COUNTS, COUNT),
+    **dict.fromkeys([*AMOUNTS, *(f"data.tasks.{name}" for name in TASKS)], AMOUNT),
     "data.mixture.size_exponent": (0, 1), "data.geometry.flip": (0, 1), "eval.source.fov_degrees": (0, 179),
     "data.sources.*.fov_degrees": (0, 179),
     "optim.warmup_ratio": (0, 1), "optim.adam_b1": (0, 1), "optim.adam_b2": (0, 1), "optim.adam_eps": (0, 1),
-    "optim.max_grad_norm": (1e-12, 2**31 - 1), "optim.groups.*.factor": AMOUNT,
+    "optim.max_grad_norm": (1e-12, 2**31 - 1),
 }  # fmt: skip
 
 

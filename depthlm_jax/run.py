@@ -54,7 +54,7 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
             _begin(config, workdir / "base")
 
     process_0_first(prepare, f"{workdir} could not be begun")
-    rows, accumulate = config.data.global_batch_rows, config.train.gradient_accumulation_steps
+    rows, accumulate = config.data.global_batch_rows, config.train.gradient_accumulation_steps or 1
     if rows % accumulate:
         raise InputError(
             "config: train.gradient_accumulation_steps does not divide the rows", found=f"{rows} rows / {accumulate}",
@@ -183,20 +183,19 @@ def connect(config: config_module.Config, workdir: Path, devices: list, rows: in
     processor = family.processor(workdir / "base")
     heads = processor.config.heads
     mesh = sharding.make_mesh(config.mesh, devices, rows=rows, heads=heads, rows_field=rows_field)
-    network = registry.build(config.model.family, processor.config, _execution(config, mesh), config.model.lora)
+    network = registry.build(config.model.family, processor.config, execution(config, mesh), config.model.lora)
     network = dataclasses.replace(network, abstract=_with_frozen(network, config, stored_dtype(workdir / "base")))
     return Run(config, workdir, processor, mesh, network)
 
 
-def _execution(config: config_module.Config, mesh: jax.sharding.Mesh) -> Execution:
+def execution(config: config_module.Config, mesh: jax.sharding.Mesh) -> Execution:
     """Returns how the model runs on the mesh."""
     asked = config.data.reference
     branches = asked.questions if asked.questions > 1 and asked.layout == "independent" else 0
-    attend = attention.make(
-        config.model.attention, branches=branches, devices=list(mesh.devices.flat),
-        per_device=sharding.per_device(mesh),
-    )  # fmt: skip
-    return Execution(sharding.constrainer(mesh), attend, config.model.remat)
+    devices = list(mesh.devices.flat)
+    name = attention.suited(config.model.attention, devices, config.model.compute_dtype)
+    attend = attention.make(name, branches=branches, devices=devices, per_device=sharding.per_device(mesh))
+    return Execution(sharding.constrainer(mesh), attend, config.model.remat, config.model.unroll)
 
 
 def _with_frozen(network: registry.Network, config: config_module.Config, dtype: np.dtype) -> dict:

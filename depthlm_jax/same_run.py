@@ -6,8 +6,9 @@ from depthlm_jax.errors import InputError
 MIXTURE = ("data.sources", "data.mixture")  # may be changed on the way
 # What may differ between a workdir and the run that continues it: the mixture, and what changes speed or reporting.
 FREE_TO_CHANGE = (
-    *MIXTURE, "mesh", "eval", "model.attention", "model.remat", "train.gradient_accumulation_steps", "train.save_steps",
-    "train.logging_steps", "data.workers", "data.read_threads", "data.prefetch_rows", "data.max_bad_records",
+    *MIXTURE, "mesh", "eval", "model.attention", "model.remat", "model.unroll", "train.gradient_accumulation_steps",
+    "train.compilation_cache", "train.save_steps", "train.logging_steps", "data.workers", "data.read_threads",
+    "data.prefetch_rows", "data.max_bad_records",
 )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """The device mesh, and the one map from letters to its axes."""
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from depthlm_jax import batch as batch_contract
@@ -12,10 +14,11 @@ from depthlm_jax import config as config_module
 from depthlm_jax import tree
 from depthlm_jax.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("replica", "data", "fsdp", "tensor")
+ROW_AXES = ("replica", "data", "fsdp")
 # An axis splits the first letter of an array that asks for it: D is split in a kernel, not in BTD, where B has it.
 LETTER_AXES = {
-    "B": ("data", "fsdp"),
+    "B": ROW_AXES,
     "D": ("fsdp",),
     "C": ("fsdp",),
     "H": ("tensor",),
@@ -33,52 +36,81 @@ def make_mesh(
     heads: Mapping[str, int],
     rows_field: str = "data.global_batch_rows",
 ) -> jax.sharding.Mesh:
-    """Returns the mesh (data, fsdp, tensor) over all devices.
+    """Returns the mesh (replica, data, fsdp, tensor) over all devices.
+
+    Neighbours on the inner axes are neighbours in the network; `replica` alone crosses from one TPU slice to another.
 
     Args:
       sizes: axis sizes; one may be −1 and takes the devices that the others leave.
       devices: all devices of all hosts.
-      rows: that are computed at a time, which data × fsdp has to divide.
+      rows: that are computed at a time, which replica × data × fsdp has to divide.
       heads: head counts by name, each of which tensor has to divide.
       rows_field: config field that `rows` comes from, for the error.
 
     Raises:
       InputError: the sizes do not multiply to the devices, or do not divide rows or heads; valid sizes are named.
     """
-    shape = _fill(sizes, len(devices))
+    slices = _slices(devices)
+    shape = _fill(sizes, len(devices), slices)
     tensor = shape[AXES.index("tensor")]
-    # The devices of a tensor group see the same rows, so they belong to one host, which reads them.
-    local = len(devices) // len({device.process_index for device in devices})
-    valid = [n for n in range(1, local + 1) if all(count % n == 0 for count in (local, *heads.values()))]
+    valid = [n for n in range(1, len(devices) + 1) if all(count % n == 0 for count in (len(devices), *heads.values()))]
     if tensor not in valid:
         raise InputError(
-            f"mesh: tensor={tensor} does not divide the heads and the devices of a host",
-            found=", ".join(f"{k}={v}" for k, v in heads.items()) + f", {local} devices a host",
+            f"mesh: tensor={tensor} does not divide the heads and the devices",
+            found=", ".join(f"{k}={v}" for k, v in heads.items()) + f", {len(devices)} devices",
             expected=f"tensor one of {valid}", fix="set --config.mesh.tensor",
         )  # fmt: skip
-    row_devices = shape[0] * shape[1]
+    row_devices = len(devices) // tensor
     if rows % row_devices:
         raise InputError(
-            f"mesh: data × fsdp = {row_devices} does not divide the rows", found=f"{rows} rows at a time",
+            f"mesh: replica × data × fsdp = {row_devices} does not divide the rows", found=f"{rows} rows at a time",
             expected=f"a multiple of {row_devices}",
             fix=f"set --config.{rows_field}, or the mesh",
         )  # fmt: skip
-    return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.sharding.Mesh(_arranged(devices, shape, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _fill(sizes: config_module.Mesh, devices: int) -> tuple[int, ...]:
-    shape = [sizes.data, sizes.fsdp, sizes.tensor]
+def _slices(devices: Sequence) -> int:
+    """Returns the number of TPU slices; 1 of other devices, whatever network joins them."""
+    if not hasattr(devices[0], "slice_index") or devices[0].platform != "tpu":
+        return 1
+    return len({device.slice_index for device in devices})
+
+
+def _fill(sizes: config_module.Mesh, devices: int, slices: int) -> tuple[int, ...]:
+    asked = sizes.replica or slices, sizes.data, sizes.fsdp, sizes.tensor
+    shape = list(asked)
     known = math.prod(size for size in shape if size != -1)
     if shape.count(-1) == 1 and known > 0 and devices % known == 0:
         shape[shape.index(-1)] = devices // known
+    found = ", ".join(f"{name}={size}" for name, size in zip(AXES, asked, strict=True))
     if min(shape) < 1 or math.prod(shape) != devices:
         divisors = [n for n in range(1, devices + 1) if devices % n == 0]
         raise InputError(
             "mesh: the axes do not multiply to the devices", fix="set --config.mesh.data, .fsdp or .tensor",
-            found=f"data={sizes.data}, fsdp={sizes.fsdp}, tensor={sizes.tensor} on {devices} devices",
+            found=f"{found} on {devices} devices",
             expected=f"a product of {devices}: each axis one of {divisors}, at most one of them −1 (fills up)",
         )  # fmt: skip
+    if shape[0] % slices:
+        raise InputError(
+            "mesh: replica does not keep the slices apart", found=f"{found} on {slices} slices",
+            expected=f"replica a multiple of {slices}: only copies of the parameters may lie on several slices",
+            fix=f"set --config.mesh.replica={slices}",
+        )  # fmt: skip
     return tuple(shape)
+
+
+def _arranged(devices: list, shape: tuple[int, ...], slices: int) -> np.ndarray:
+    """Returns the devices in the mesh's shape, near one another on inner axes, as the platform's network suggests."""
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+
+
+def row_devices(mesh: jax.sharding.Mesh) -> int:
+    """Returns how many parts the rows of a batch are divided into."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def spec(mesh: jax.sharding.Mesh, letters: str, shape: tuple[int, ...] | None = None) -> PartitionSpec:
@@ -125,7 +157,27 @@ def batch_shardings(mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
     return {field: shard(mesh, batch_contract.letters(field)) for field in batch_contract.FIELDS}
 
 
-def put_batch(mesh: jax.sharding.Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Returns the global batch, of which `rows` are this process's rows, in the order of the processes."""
-    shardings = batch_shardings(mesh)
-    return {name: jax.make_array_from_process_local_data(shardings[name], rows[name]) for name in rows}
+def host_rows(mesh: jax.sharding.Mesh, rows: int, host: int | None = None) -> tuple[int, ...]:
+    """Returns which of the global batch's rows a host (default: this one) has to make: those that its devices hold."""
+    host = jax.process_index() if host is None else host
+    spans = shard(mesh, "B").devices_indices_map((rows,))
+    mine = {span[0].indices(rows)[:2] for device, span in spans.items() if device.process_index == host}
+    return tuple(row for start, stop in sorted(mine) for row in range(start, stop))
+
+
+def put_batch(mesh: jax.sharding.Mesh, local: dict[str, np.ndarray], rows: int | None = None) -> dict[str, jax.Array]:
+    """Returns the global batch of `rows` rows, of which `local` are those of `host_rows`, in that order; None: all."""
+    rows = len(local["tokens_BT"]) if rows is None else rows
+    shardings, mine = batch_shardings(mesh), host_rows(mesh, rows)
+
+    def part(array: np.ndarray, span: slice) -> np.ndarray:
+        start, stop, _ = span.indices(rows)
+        first = bisect.bisect_left(mine, start)
+        return array[first : first + stop - start]
+
+    return {
+        name: jax.make_array_from_callback(
+            (rows, *array.shape[1:]), shardings[name], lambda index, array=array: part(array, index[0])
+        )
+        for name, array in local.items()
+    }

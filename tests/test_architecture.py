@@ -19,13 +19,13 @@ PACKAGE = "depthlm_jax"
 LEVELS = (
     ("errors",),
     ("files",),
-    ("config", "batch", "tree", "models"),
+    ("config", "batch", "tree", "models", "chips", "compiler"),
     ("hf", "parameter_groups", "same_run"),
     ("data.", "models."),
     ("models.registry", "data.pipeline", "sharding", "log", "checkpoint"),
     ("run",),
     ("train.", "eval."),
-    ("release", "verify", "model_card", "snippet", "hub", "bench."),
+    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench."),
     ("cli.",),
     ("__main__",),
 )

@@ -60,7 +60,7 @@ def test_unknown_field_names_the_nearest(path, nearest):
     [
         ("train.max_steps", 1.5, "1.5 of type float", "int"),
         ("train.max_steps", True, "True of type bool", "int"),
-        ("model.remat", 1, "1 of type int", "bool"),
+        ("model.remat", "ful", "'ful'", "full or attended or dots or none"),
         ("optim.learning_rate", "1e-5", "'1e-5' of type str", "float"),
         ("model.hf_config", "config.json", "'config.json' of type str", "dict"),
         ("data.geometry", "train.jsonl", "'train.jsonl' of type str", "a section"),

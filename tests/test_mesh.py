@@ -13,7 +13,6 @@ from depthlm_jax import run as runs
 from depthlm_jax.config import Mesh
 from depthlm_jax.data import pipeline
 from depthlm_jax.models import registry
-from depthlm_jax.models.execution import Execution
 from depthlm_jax.train import loop, step
 
 STEPS = 5
@@ -54,7 +53,7 @@ def train(scenes, tmp_path_factory):
         devices = jax.devices()[: data * fsdp * tensor]
         heads = run.processor.config.heads
         mesh = sharding.make_mesh(Mesh(data, fsdp, tensor), devices, rows=8 // micro_batches, heads=heads)
-        network = registry.build("qwen2_5_vl", run.processor.config, Execution(sharding.constrainer(mesh)))
+        network = registry.build("qwen2_5_vl", run.processor.config, runs.execution(config, mesh))
         trainer = loop.make_trainer(network, config, mesh)
         places = trainer.shardings.parameters
         state = loop.start(trainer, jax.tree.map(lambda x, place: jax.device_put(x.copy(), place), first, places))

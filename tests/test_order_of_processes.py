@@ -30,8 +30,9 @@ def main(scenes, base, address, host, hosts, workers, steps, state, changes):
     assert (jax.process_index(), jax.process_count()) == (host, hosts)
     config = worlds.two_sources(Path(scenes), changes | {"data.workers": workers})
     processor = worlds.processor_of(base)
+    own = config.data.global_batch_rows // hosts
     batches = pipeline.training_batches(
-        pipeline.open_sources(config), processor, config, jax.process_index(), jax.process_count()
+        pipeline.open_sources(config), processor, config, range(host * own, (host + 1) * own)
     )
     if state:
         batches.set_state(state)

@@ -227,7 +227,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(values / parameter[0].numel() ** 0.5)
 
 
-def load(folder: Path, hf_model=None, remat: bool = False) -> Case:
+def load(folder: Path, hf_model=None, remat: str = "none") -> Case:
     family = registry.family_of(folder)
     processor = registry.family(family).processor(folder)
     network = registry.build(family, processor.config, Execution(remat=remat))

@@ -3,12 +3,13 @@
 import jax
 from absl import flags
 
+from depthlm_jax import compiler, log, sharding, tree
 from depthlm_jax import config as config_module
-from depthlm_jax import log, tree
 from depthlm_jax import run as runs
 from depthlm_jax.cli import command
 from depthlm_jax.data import pipeline
 from depthlm_jax.data.records import Records
+from depthlm_jax.errors import InputError
 from depthlm_jax.eval import report
 from depthlm_jax.train import loop
 
@@ -16,17 +17,24 @@ from depthlm_jax.train import loop
 def define_flags(values: flags.FlagValues) -> None:
     command.define_config(values)
     command.define_path(values, "workdir", "folder of the run; an existing run is continued")
-    flags.DEFINE_bool("distributed", False, "several hosts: connect them first (TPU slice, SLURM)", flag_values=values)
+    flags.DEFINE_bool(
+        "distributed", False, "several hosts: connect them first; they find one another on TPU slices, under SLURM, "
+        "Kubernetes and Open MPI", flag_values=values,
+    )  # fmt: skip
+    command.define_text(values, "coordinator", "elsewhere: host:port of process 0, the same for all processes")
+    flags.DEFINE_integer("processes", None, "elsewhere: how many there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, "elsewhere: which one this is, from 0", lower_bound=0, flag_values=values)
 
 
 def run(values: flags.FlagValues) -> dict:
     config, workdir = command.read_config(values), command.read_path(values, "workdir")
-    if values.distributed:
-        jax.distributed.initialize()
+    connect(values)
+    compiler.keep_programs(config.train.compilation_cache)
     sources = _open_in_turn(config)
     runs.check_same_data(sources)
     this = runs.open_run(config, workdir)
-    batches = pipeline.training_batches(sources, this.processor, config, jax.process_index(), jax.process_count())
+    rows = sharding.host_rows(this.mesh, config.data.global_batch_rows)
+    batches = pipeline.training_batches(sources, this.processor, config, rows)
     trainer = loop.make_trainer(this.network, config, this.mesh)
     count = tree.count(this.network.abstract)
     trained = f", {trainer.trained:,} of them trained" if trainer.trained < count else ""
@@ -41,6 +49,31 @@ def run(values: flags.FlagValues) -> dict:
         report.loss_curve(log.Journal(workdir).read(), workdir / "loss.png")
         log.say(f"loss curve: {workdir / 'loss.png'}")
     return {"step": int(state.step), "workdir": str(workdir)}
+
+
+def connect(values: flags.FlagValues) -> None:
+    """Connects the processes of a run, if there are several.
+
+    Raises:
+      UsageError: only some of the flags that belong together.
+      InputError: the processes do not find one another.
+    """
+    given = [values[name].value for name in ("coordinator", "processes", "process")]
+    said = [value not in ("", None) for value in given]
+    if any(said) and not all(said):
+        raise command.UsageError("--coordinator, --processes and --process are needed together")
+    if not (values.distributed or all(said)):
+        return
+    if all(said) and values.process >= values.processes:
+        raise command.UsageError(f"--process={values.process} is not one of {values.processes}, counted from 0")
+    try:
+        jax.distributed.initialize(*(given if all(said) else ()))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            "the processes could not be connected", found=str(error).splitlines()[0],
+            expected="a TPU slice, SLURM, Kubernetes or Open MPI, which say who is there",
+            fix="elsewhere give --coordinator=HOST:PORT --processes=N --process=I",
+        ) from error  # fmt: skip
 
 
 def _open_in_turn(config: config_module.Config) -> dict[str, Records]:

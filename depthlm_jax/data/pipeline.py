@@ -14,7 +14,7 @@ import numpy as np
 
 from depthlm_jax import batch as batch_contract
 from depthlm_jax import config as config_module
-from depthlm_jax.data import official, packing, plan, reference, tasks, transforms
+from depthlm_jax.data import official, packing, plan, reference, tasks, transforms, work
 from depthlm_jax.data.records import Records, open_source
 from depthlm_jax.errors import InputError
 
@@ -38,6 +38,7 @@ class About:
     sources: dict[str, int]  # samples of each
     dropped: tuple[Dropped, ...]
     used: tuple[int, int, int]  # tokens, patch slots and supervised positions that hold something
+    work: dict[str, int]  # work.COUNTS of the rows
     position: plan.Position  # of the plan after the step
 
 
@@ -185,12 +186,12 @@ class HostRows:
     """The rows that one host makes, in its order; each process that reads it plans by itself."""
 
     def __init__(
-        self, sources: dict[str, Records], processor, config: config_module.Config, host: int, hosts: int,
+        self, sources: dict[str, Records], processor, config: config_module.Config, mine: tuple[int, ...],
         position: plan.Position,
     ):  # fmt: skip
-        self.state = sources, processor, config, host, hosts, position
+        self.state = sources, processor, config, mine, position
         self.maker = SampleMaker(sources, processor, config)
-        self.local, self.host, self.first_step = config.data.global_batch_rows // hosts, host, position.step
+        self.mine, self.local, self.first_step = mine, len(mine), position.step
         self.shape = row_shape(config.data, processor.config)
         planner = plan.Planner(sources, processor, config, self.shape, position)
         ahead = (config.data.prefetch_rows + config.data.read_threads) * max(1, config.data.workers)  # rows
@@ -205,7 +206,7 @@ class HostRows:
     def __getitem__(self, index: int) -> dict:
         step, row = divmod(index, self.local)
         rows, position = self.plans[self.first_step + step]
-        planned = rows[self.host * self.local + row]
+        planned = rows[self.mine[row]]
         made = [self.maker(slot) for slot in planned]
         kept = [item for item in made if not isinstance(item, Dropped)]
         names = tuple(example.record_id for example, _ in kept)
@@ -215,15 +216,17 @@ class HostRows:
         dropped = tuple(item for item in made if isinstance(item, Dropped))
         slots = [slot for slot, item in zip(planned, made, strict=True) if not isinstance(item, Dropped)]
         sources = dict(collections.Counter(slot.source for slot in slots))
-        return {"arrays": arrays, "about": About(names, sources, dropped, tuple(int(n) for n in used), position)}
+        counts = work.work_of(arrays, self.maker.processor.config.patch_slot_unit)
+        about = About(names, sources, dropped, tuple(int(n) for n in used), counts, position)
+        return {"arrays": arrays, "about": about}
 
 
 class Batches:
     """Endless iterator of one host's `Rows` of each step; its state is the plan's position, for any host count."""
 
-    def __init__(self, sources: dict[str, Records], processor, config: config_module.Config, host: int, hosts: int):
-        self.make_rows = lambda position: HostRows(sources, processor, config, host, hosts, position)
-        self.data, self.local = config.data, config.data.global_batch_rows // hosts
+    def __init__(self, sources: dict[str, Records], processor, config: config_module.Config, mine: tuple[int, ...]):
+        self.make_rows = lambda position: HostRows(sources, processor, config, mine, position)
+        self.data, self.local = config.data, len(mine)
         self.reader = None
         self.set_state(dataclasses.asdict(plan.Position()))
 
@@ -267,7 +270,7 @@ def row_shape(data: config_module.Data, sizes) -> batch_contract.RowShape:
 
 
 def training_batches(
-    sources: dict[str, Records], processor, config: config_module.Config, host: int = 0, hosts: int = 1
+    sources: dict[str, Records], processor, config: config_module.Config, rows: Sequence[int] | None = None
 ) -> Batches:
     """Returns this host's `Rows` of each step.
 
@@ -275,19 +278,12 @@ def training_batches(
       sources: of `open_sources`.
       processor: of the model's family, from a Hugging Face folder.
       config: of the run.
-      host: number of this process.
-      hosts: number of processes.
+      rows: numbers of the global batch's rows that this host makes, as `sharding.host_rows` gives them; None: all.
 
     Raises:
-      InputError: hosts do not divide data.global_batch_rows, or data.max_patches is not in whole windows.
+      InputError: data.max_patches is not in whole windows.
     """
-    rows = config.data.global_batch_rows
-    if rows % hosts:
-        raise InputError(
-            "config: data.global_batch_rows cannot be shared", found=f"{rows} rows, {hosts} hosts",
-            expected=f"a multiple of {hosts}", fix="set --config.data.global_batch_rows",
-        )  # fmt: skip
-    return Batches(sources, processor, config, host, hosts)
+    return Batches(sources, processor, config, tuple(range(config.data.global_batch_rows) if rows is None else rows))
 
 
 def join_rows(rows: Sequence[dict]) -> Rows:
@@ -298,6 +294,7 @@ def join_rows(rows: Sequence[dict]) -> Rows:
         dict(sum((collections.Counter(one.sources) for one in abouts), collections.Counter())),
         tuple(drop for one in abouts for drop in one.dropped),
         tuple(sum(numbers) for numbers in zip(*(one.used for one in abouts), strict=True)),
+        {name: sum(one.work[name] for one in abouts) for name in work.COUNTS},
         abouts[-1].position,
     )
     return Rows(packing.stack([row["arrays"] for row in rows]), about)

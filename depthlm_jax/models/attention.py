@@ -72,6 +72,16 @@ def make(
     return IMPLEMENTATIONS[name](branches, devices, per_device, interpret)
 
 
+def suited(name: str, devices: Sequence[jax.Device], dtype: str) -> str:
+    """Returns the implementation that "auto" stands for on these devices, in this dtype; another name as it is."""
+    if name != "auto":
+        return name
+    platform = devices[0].platform
+    if platform == "gpu" and dtype == "bfloat16" and _capability(devices[0]) >= CUDNN_CAPABILITY:
+        return "cudnn"
+    return "splash" if platform == "tpu" else "xla"
+
+
 def masked(q_BTNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Returns out_BTNK over the keys where the mask is true; fewer key heads are shared (GQA)."""
     return jax.nn.dot_product_attention(q_BTNK, k_BSNK, v_BSNK, mask=mask_BTS[:, None], implementation="xla")
@@ -162,7 +172,14 @@ def _splash_kernel(length: int, heads: int, block: int, causal: bool, interpret:
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     mask = splash_attention.MultiHeadMask([kind((length, length))] * heads)
-    return splash_attention.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    return splash_attention.make_splash_mha(
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=blockwise.ATTENDED,
+        interpret=interpret,
+    )
 
 
 def block_of(length: int) -> tuple[int, int]:

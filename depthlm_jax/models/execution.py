@@ -12,4 +12,5 @@ class Execution:
 
     constrain: Callable = lambda x, letters: x  # (array, letters) → array, pins an activation to its place on a mesh
     attend: attention.Attend = attention.reference
-    remat: bool = False  # recompute a layer in the backward pass instead of keeping what it computed
+    remat: str = "none"  # key of layers.REMAT: what the backward pass computes again instead of keeping it
+    unroll: int = 1  # layers in a turn of the loop over layers

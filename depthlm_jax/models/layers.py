@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from depthlm_jax.models.blockwise import ATTENDED
+
 
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale, computed in float32. Source: Zhang & Sennrich 2019."""
@@ -89,7 +91,19 @@ def rotate(x_BTNK: jax.Array, turn: Turn) -> jax.Array:
     return turned.astype(x_BTNK.dtype)
 
 
-def scan_layers(layers: nnx.Module, step: Callable, carry, kinds: Sequence = (None,), *, per_layer=None, remat: bool):
+REMAT = {  # what is kept of a layer, by what is computed again; "none": everything is kept
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attended": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
+}
+
+
+def scan_layers(
+    layers: nnx.Module, step: Callable, carry, kinds: Sequence = (None,), *, per_layer=None, remat: str, unroll: int = 1
+):
     """Returns (carry, outputs) of `step(layer, carry, kind, x) -> (carry, output)` over stacked layers.
 
     The layers are scanned by the shortest group in which `kinds` repeats; inside a group, each run of equal kinds is
@@ -99,7 +113,8 @@ def scan_layers(layers: nnx.Module, step: Callable, carry, kinds: Sequence = (No
       layers: a module whose parameters carry a leading L axis.
       kinds: a static tag for each layer; length L, or 1 when all are alike.
       per_layer: a pytree with leading L axis whose slices are `x`, or None.
-      remat: recompute a layer in the backward pass instead of keeping what it computed.
+      remat: key of REMAT.
+      unroll: layers in a turn of a loop.
     """
     graph, state = nnx.split(layers)
     depth = jax.tree.leaves(state)[0].shape[0]
@@ -110,19 +125,20 @@ def scan_layers(layers: nnx.Module, step: Callable, carry, kinds: Sequence = (No
     def run_layer(carry, x, kind):
         return step(nnx.merge(graph, x[0]), carry, kind, x[1])
 
-    if remat:
-        run_layer = jax.checkpoint(run_layer, prevent_cse=False, static_argnums=2)
+    if remat != "none":
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False, static_argnums=2, policy=REMAT[remat])
 
     def run_group(carry, xs):
         outputs = []
         for kind, start, stop in runs:
             part = jax.tree.map(lambda a, start=start, stop=stop: a[start:stop], xs)
-            carry, output = jax.lax.scan(lambda c, x, kind=kind: run_layer(c, x, kind), carry, part)
+            turn = min(unroll, stop - start)
+            carry, output = jax.lax.scan(lambda c, x, kind=kind: run_layer(c, x, kind), carry, part, unroll=turn)
             outputs.append(output)
         return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
     grouped = jax.tree.map(lambda a: a.reshape(depth // period, period, *a.shape[1:]), (state, per_layer))
-    carry, outputs = jax.lax.scan(run_group, carry, grouped)
+    carry, outputs = jax.lax.scan(run_group, carry, grouped, unroll=max(1, min(unroll, depth) // period))
     return carry, jax.tree.map(lambda a: a.reshape(depth, *a.shape[2:]), outputs)
 
 

@@ -1,6 +1,7 @@
 """The families by name, and a model as plain functions of (parameters, batch)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from depthlm_jax import files, tree
 from depthlm_jax.config import Lora
 from depthlm_jax.errors import InputError
 from depthlm_jax.hf import Rule
-from depthlm_jax.models import lora
+from depthlm_jax.models import flops, lora
 from depthlm_jax.models.execution import Execution
 from depthlm_jax.models.pixtral import config as pixtral_config
 from depthlm_jax.models.pixtral import folder as pixtral_folder
@@ -33,9 +34,12 @@ class Family:
     read_config: Callable  # (config.json, preprocessor_config.json) → config
     module: type[VisionLanguage]  # of (config, rngs, how)
     rules: Callable  # config → [Rule]
+    parts: Callable  # config → beginning of paths → count of data.work, for models.flops
+    attended: Callable  # config → pairs of data.work → channels
     modules: dict[str, str]  # beginning of a tensor's name on the hub → of its module's in transformers 5
     processor: Callable  # folder → processor
     write_scratch: Callable  # (hf_config, texts, folder): the files of a folder but the weights, from nothing
+    preprocessor: dict  # the published preprocessor_config.json
     copy_published: Callable  # (folder, folder) → warnings: the same, copied in the hub's form
 
 
@@ -45,9 +49,12 @@ FAMILIES = {
         read_config=qwen2_5_vl_config.read_config,
         module=qwen2_5_vl_model.Qwen25VL,
         rules=qwen2_5_vl_weights.rules,
+        parts=qwen2_5_vl_weights.parts,
+        attended=qwen2_5_vl_weights.attended,
         modules=qwen2_5_vl_weights.MODULES,
         processor=qwen2_5_vl_processor.Processor,
         write_scratch=qwen2_5_vl_folder.write_scratch,
+        preprocessor=qwen2_5_vl_config.PREPROCESSOR,
         copy_published=qwen2_5_vl_folder.copy_published,
     ),
     "pixtral": Family(
@@ -55,9 +62,12 @@ FAMILIES = {
         read_config=pixtral_config.read_config,
         module=pixtral_model.Pixtral,
         rules=pixtral_weights.rules,
+        parts=pixtral_weights.parts,
+        attended=pixtral_weights.attended,
         modules=pixtral_weights.MODULES,
         processor=pixtral_processor.Processor,
         write_scratch=pixtral_folder.write_scratch,
+        preprocessor=pixtral_config.PREPROCESSOR,
         copy_published=pixtral_folder.copy_published,
     ),
 }
@@ -78,6 +88,9 @@ class Network:
 
     rules: list[Rule]  # of the parameters that a Hugging Face folder has
     lora_rules: list[Rule]  # of those beside them
+    operations: (
+        Callable  # factors of the learning rate by path → floating-point operations for each of data.work's COUNTS
+    )
     abstract: dict  # parameters as ShapeDtypeStruct
     init: Callable  # key → parameters
     logits: Callable  # (parameters, batch) → logits_BAV
@@ -144,12 +157,17 @@ def build(name: str, config, how: Execution | None = None, low_rank: Lora | None
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
     abstract, rules = nnx.to_pure_dict(state), this.rules(config)
 
+    low_rank_rules = lora.rules(rules, set(tree.flatten(abstract)))
+    axes = {rule.path: rule.axes for rule in [*rules, *low_rank_rules]}
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(abstract).items()}
+
     def bind(method: str) -> Callable:
         return lambda parameters, *args: getattr(nnx.merge(graph, nnx.State(parameters)), method)(*args)
 
     return Network(
         rules=rules,
-        lora_rules=lora.rules(rules, set(tree.flatten(abstract))),
+        lora_rules=low_rank_rules,
+        operations=functools.partial(flops.per_count, this.parts(config), this.attended(config), shapes, axes),
         abstract=abstract,
         init=lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param)),
         logits=bind("logits"),

@@ -45,7 +45,7 @@ class VisionLanguage(nnx.Module):
             return layer(hidden_BQD, turn, attend, layer_cache, slot)
 
         hidden_BQD = decoder.embed_tokens(tokens_BQ)
-        hidden_BQD, cache = scan_layers(decoder.layers, step, hidden_BQD, per_layer=cache, remat=False)
+        hidden_BQD, cache = scan_layers(decoder.layers, step, hidden_BQD, per_layer=cache, remat="none")
         return self.head(decoder.norm(hidden_BQD)), cache
 
     def decode_all(self, batch: dict[str, jax.Array], keep_cache: bool) -> tuple[jax.Array, Cache | None]:
@@ -61,7 +61,8 @@ class VisionLanguage(nnx.Module):
             return self.how.constrain(hidden_BTD, "BTD"), cache if keep_cache else None
 
         hidden_BTD = self.how.constrain(self.embed(batch), "BTD")
-        hidden_BTD, cache = scan_layers(decoder.layers, step, hidden_BTD, remat=self.how.remat and not keep_cache)
+        remat = "none" if keep_cache else self.how.remat
+        hidden_BTD, cache = scan_layers(decoder.layers, step, hidden_BTD, remat=remat, unroll=self.how.unroll)
         return decoder.norm(hidden_BTD), cache
 
     def embed(self, batch: dict[str, jax.Array]) -> jax.Array:

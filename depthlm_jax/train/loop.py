@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from depthlm_jax import checkpoint, log, parameter_groups, same_run, sharding, tree
+from depthlm_jax import checkpoint, chips, compiler, log, parameter_groups, same_run, sharding, tree
 from depthlm_jax import config as config_module
 from depthlm_jax.errors import InputError
+from depthlm_jax.models import flops
 from depthlm_jax.models.registry import Network
 from depthlm_jax.train import optim, step
 
@@ -24,6 +25,7 @@ class Trainer:
 
     mesh: jax.sharding.Mesh
     optimizer: optax.GradientTransformation
+    operations: Mapping[str, float]  # of floating-point numbers, for each of data.work's COUNTS
     factors: Mapping[str, float]  # of the learning rate, by path; 0: frozen
     shardings: step.State
     abstract: step.State
@@ -38,28 +40,39 @@ class Trainer:
 def make_trainer(network: Network, config: config_module.Config, mesh: jax.sharding.Mesh) -> Trainer:
     """Returns the trainer of a network; nothing is allocated."""
     factors = parameter_groups.factors(network.shapes, config.optim.groups, network.lora_paths)
-    optimizer = optim.make_optimizer(config.optim, config.train.max_steps, factors)
+    optimizer = optim.make_optimizer(config.optim, config.train.max_steps, factors, network.axes)
     shardings, abstract = state_layout(network, optimizer, factors, mesh)
-    accumulate = config.train.gradient_accumulation_steps
+    compute, total = (jnp.dtype(name) for name in (config.model.compute_dtype, config.train.accumulation_dtype))
     compiled = jax.jit(
-        step.make_train_step(network.logits, optimizer, factors, jnp.dtype(config.model.compute_dtype), accumulate),
+        step.make_train_step(network.logits, optimizer, factors, compute, micro_batches(config, mesh), total),
         in_shardings=(shardings, sharding.batch_shardings(mesh)),
         out_shardings=(shardings, sharding.shard(mesh, "")),
         donate_argnums=0,
+        compiler_options=compiler.options(mesh.devices.flat[0].platform),
     )
-    return Trainer(mesh, optimizer, factors, shardings, abstract, compiled)
+    return Trainer(mesh, optimizer, network.operations(factors), factors, shardings, abstract, compiled)
+
+
+def micro_batches(config: config_module.Config, mesh: jax.sharding.Mesh) -> int:
+    """Returns the number of parts that the rows of a step are computed in, one after another."""
+    return config.train.gradient_accumulation_steps or config.data.global_batch_rows // sharding.row_devices(mesh)
 
 
 def state_layout(
     network: Network, optimizer, factors: Mapping[str, float], mesh: jax.sharding.Mesh
 ) -> tuple[step.State, step.State]:
-    """Returns shardings and ShapeDtypeStructs of the state; optimizer moments lie where their parameters lie."""
+    """Returns shardings and ShapeDtypeStructs of the state.
+
+    Moments lie where their parameters lie; those of another shape (sums over rows or columns) are small and on every
+    device.
+    """
     replicated = sharding.shard(mesh, "")
     places = sharding.parameter_places(mesh, network.axes, network.shapes)
-    moments = jax.eval_shape(optimizer.init, parameter_groups.split(network.abstract, factors)[0])
+    trained = parameter_groups.split(network.abstract, factors)[0]
+    moments = jax.eval_shape(optimizer.init, trained)
     moment_places = optax.tree_map_params(
-        optimizer, lambda _, place: place, moments, parameter_groups.split(places, factors)[0],
-        transform_non_params=lambda _: replicated,
+        optimizer, lambda moment, place, value: place if moment.shape == value.shape else replicated,
+        moments, parameter_groups.split(places, factors)[0], trained, transform_non_params=lambda _: replicated,
     )  # fmt: skip
     shardings = step.State(replicated, places, moment_places)
     counter = jax.ShapeDtypeStruct((), jnp.int32)
@@ -87,16 +100,16 @@ def run(
     """
     checkpoints = checkpoint.Checkpoints(workdir)
     state = _resume(trainer, config, checkpoints, batches, first_parameters)
-    meter = Meter(config, log.Journal(workdir), int(state.step))
+    meter = Meter(config, log.Journal(workdir), int(state.step), trainer)
     try:
         first, last = int(state.step) + 1, config.train.max_steps
-        upcoming = _load(batches, trainer.mesh) if first <= last else None
+        upcoming = meter.load(batches) if first <= last else None
         for number in range(first, last + 1):
             about, batch = upcoming
             meter.count_dropped(about.dropped)
             state, metrics = trainer.run_step(state, batch)
             meter.add(number, metrics, about)
-            upcoming = _load(batches, trainer.mesh) if number < last else None  # while the device computes
+            upcoming = meter.load(batches) if number < last else None  # while the device computes
             if number % config.train.save_steps == 0 or number == last:
                 meter.flush()  # a step that went wrong is not saved
                 position = dataclasses.asdict(about.position)
@@ -108,12 +121,6 @@ def run(
             batches.close()
             checkpoints.close()
     return state
-
-
-def _load(batches: Iterator, mesh: jax.sharding.Mesh) -> tuple:
-    """Returns what the next rows were made of, and the rows on their way to the mesh."""
-    rows = next(batches)
-    return rows.about, sharding.put_batch(mesh, rows.arrays)
 
 
 def _resume(
@@ -133,15 +140,28 @@ def _resume(
 class Meter:
     """Metrics of a step are fetched after the next step was dispatched, so that the device never waits."""
 
-    def __init__(self, config: config_module.Config, journal: log.Journal, first_step: int):
-        self.config, self.journal, self.first_step = config, journal, first_step
+    def __init__(self, config: config_module.Config, journal: log.Journal, first_step: int, trainer: Trainer):
+        self.config, self.journal, self.first_step, self.trainer = config, journal, first_step, trainer
+        # Counts are of this host's rows; other hosts' are taken to be like them.
+        self.rows = len(sharding.host_rows(trainer.mesh, config.data.global_batch_rows))
+        self.hosts = config.data.global_batch_rows / self.rows
+        device = trainer.mesh.devices.flat[0]
+        self.chip = chips.chip_of(device.device_kind)
         self.schedule = optim.make_schedule(config.optim, config.train.max_steps)
         self.pending: tuple[int, dict, object] | None = None
-        self.samples, self.steps, self.used = 0, 0, (0, 0)
+        self.samples, self.steps, self.used, self.work, self.waited = 0, 0, (0, 0), collections.Counter(), 0.0
         self.dropped = collections.Counter()  # samples that were not made though their record is sound, by the reason
         self.sources = collections.Counter()  # samples of each source since the last line
         self.bad: dict[str, str] = {}  # what is wrong, by record: the same one is met again in the next epoch
         self.start = self.since = time.monotonic()
+
+    def load(self, batches: Iterator) -> tuple:
+        """Returns what the next rows were made of, and the rows on their way to the mesh; notes the time it took."""
+        start = time.monotonic()
+        rows = next(batches)
+        placed = sharding.put_batch(self.trainer.mesh, rows.arrays, self.config.data.global_batch_rows)
+        self.waited += time.monotonic() - start
+        return rows.about, placed
 
     def add(self, number: int, metrics: dict, about) -> None:
         """Takes the metrics of a step, still on the device, and what this host's rows of it were made of."""
@@ -153,7 +173,8 @@ class Meter:
         if self.pending is None:
             return
         (number, metrics, about), self.pending = self.pending, None
-        self.samples += len(about.record_ids) * jax.process_count()
+        self.samples += len(about.record_ids)
+        self.work.update(about.work)
         self.steps += 1
         self.sources.update(about.sources)
         self.used = tuple(sum(pair) for pair in zip(self.used, about.used, strict=False))
@@ -177,23 +198,35 @@ class Meter:
     def _report(self, number: int, values: dict[str, float]) -> None:
         now, last = time.monotonic(), self.config.train.max_steps
         values["learning_rate"] = float(self.schedule(number - 1))
-        values["samples_per_second"] = self.samples / (now - self.since)
+        values |= self._speeds(now - self.since)
         values["samples_dropped"] = self.dropped.total()
         values |= self._data_values()
-        self.samples, self.since = 0, now
+        self.samples, self.work, self.waited, self.since = 0, collections.Counter(), 0.0, now
         if jax.process_index() == 0:
             self.journal.write(number, values)
             left = (now - self.start) / (number - self.first_step) * (last - number)
             log.say(
                 f"step {number}/{last} · loss {values['loss']:.4f} · token accuracy "
                 f"{values['mean_token_accuracy']:.3f} · {values['samples_per_second']:.1f} samples/s · "
-                f"{log.clock(left)} left"
+                + (f"{values['mfu']:.1%} MFU · " if "mfu" in values else "")
+                + f"{log.clock(left)} left"
             )
+
+    def _speeds(self, seconds: float) -> dict[str, float]:
+        """Returns rates since the last line: of all devices together, operations of one."""
+        useful = self.hosts * flops.of_work(self.work, self.trainer.operations) / seconds / self.trainer.mesh.size
+        values = {
+            "samples_per_second": self.hosts * self.samples / seconds,
+            "tokens_per_second": self.hosts * self.work["tokens"] / seconds,
+            "tflops_per_second_per_device": useful / chips.TERA,
+            "data_wait": self.waited / seconds,
+        }
+        return values | ({"mfu": useful / self.chip.flops_s} if self.chip else {})
 
     def _data_values(self) -> dict[str, float]:
         """Returns how full the rows were, and each source's share of the samples, since the last line."""
         data = self.config.data
-        slots = self.steps * data.global_batch_rows / jax.process_count()
+        slots = self.steps * self.rows
         limits = data.max_tokens, data.max_patches
         filled = (used / slots / limit for used, limit in zip(self.used, limits, strict=True))
         values = dict(zip(("filled_tokens", "filled_patches"), filled, strict=True))

@@ -36,6 +36,7 @@ def make_train_step(
     factors: Mapping[str, float],
     compute_dtype,
     accumulate: int,
+    accumulation_dtype=jnp.float32,
 ) -> Callable:
     """Returns step(state, batch) → (state, metrics); the caller jits it with shardings and donation.
 
@@ -47,6 +48,7 @@ def make_train_step(
       factors: of parameter_groups.factors; parameters with factor 0 are not differentiated, and stay as they are.
       compute_dtype: of forward and backward pass.
       accumulate: number of micro-batches that the rows of a batch are divided into.
+      accumulation_dtype: of the sum of their gradients.
     """
 
     def micro_sums(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
@@ -68,11 +70,14 @@ def make_train_step(
         dealt = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         shapes = jax.eval_shape(sums_and_gradient, trained, frozen, jax.tree.map(lambda x: x[0], dealt))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zero = zero[0], tree.cast(zero[1], accumulation_dtype)
 
         def add(total: tuple[dict, dict], micro: dict[str, jax.Array]):
-            return jax.tree.map(jnp.add, total, sums_and_gradient(trained, frozen, micro)), None
+            part = sums_and_gradient(trained, frozen, micro)
+            return jax.tree.map(lambda sum_, x: sum_ + x.astype(sum_.dtype), total, part), None
 
-        return jax.lax.scan(add, zero, dealt)[0]
+        sums, gradient = jax.lax.scan(add, zero, dealt)[0]
+        return sums, tree.cast(gradient, jnp.float32)
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict]:
         trained, frozen = parameter_groups.split(state.parameters, factors)

@@ -10,7 +10,7 @@ import pytest
 from depthlm_jax import sharding
 from depthlm_jax.config import Mesh
 from depthlm_jax.errors import InputError
-from depthlm_jax.models import attention
+from depthlm_jax.models import attention, blockwise
 from depthlm_jax.models.attention import Among
 
 BRANCHES = 3
@@ -45,7 +45,14 @@ def draw(case: Case, seed: int, dtype=jnp.float32) -> tuple[list[jax.Array], Amo
         for number, (start, stop) in enumerate(zip(ends[:-1], ends[1:], strict=True), start=1):
             ids[row, start:stop] = number % 4  # padding before, behind and between the segments
             branch[row, start:stop] = np.sort(rng.integers(0, case.branches + 1, stop - start)) * (number % 4 > 0)
+    arrays[3] = arrays[3] * jnp.asarray(ids[:, :, None, None] > 0, dtype)  # no loss depends on padding
     return arrays, Among(jnp.asarray(ids), jnp.asarray(branch) if case.branches else None, case.causal)
+
+
+def without_padding(arrays: list, among: Among) -> list[np.ndarray]:
+    """Returns the arrays with zeros where padding stands: what it attends to means nothing."""
+    real_BT11 = np.asarray(among.ids_BT > 0)[:, :, None, None]
+    return [np.where(real_BT11, np.asarray(x), 0) for x in arrays]
 
 
 def dense_mask(among: Among) -> np.ndarray:
@@ -93,8 +100,9 @@ def run(attend, arrays, among) -> list[jax.Array]:
 
 def check(attend, case: Case, seed: int) -> None:
     arrays, among = draw(case, seed)
-    expected = dense(*arrays, dense_mask(among))
-    for name, ours, exact in zip(("out", "q", "k", "v"), run(attend, arrays, among), expected, strict=True):
+    expected = without_padding(dense(*arrays, dense_mask(among)), among)
+    found = without_padding(run(attend, arrays, among), among)
+    for name, ours, exact in zip(("out", "q", "k", "v"), found, expected, strict=True):
         scale = max(1.0, np.abs(exact).max())  # sums over many queries have larger rounding errors
         np.testing.assert_allclose(ours / scale, exact / scale, rtol=0, atol=1e-5, err_msg=name)
 
@@ -113,12 +121,23 @@ def test_xla_is_a_softmax_over_the_visible_keys(case):
     check(attention.make("xla", devices=jax.devices()), case, seed=case.length)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.length == 96] + [CASES[1]], ids=str)
-def test_xla_in_chunks_of_queries_is_the_same(case, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_QUERIES", 40)
-    monkeypatch.setattr(attention, "MIN_QUERIES", 4)
-    assert attention.query_chunk(case.length) < case.length
+@pytest.mark.parametrize("sizes", [(32, 64), (64, 32), (48, 48)], ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize("case", [*CASES[:-1], Case(96, 2, 1, 80, causal=True, logit_scale=10)], ids=str)
+def test_xla_block_by_block_is_the_same(case, sizes, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", 0)
+    for name, size in zip(("CHUNK", "BLOCK"), sizes, strict=True):
+        monkeypatch.setattr(blockwise, name, size)
     check(attention.reference, case, seed=case.length + 1)
+
+
+def test_blocks_of_other_samples_are_not_visited():
+    ids_T = jnp.asarray(np.repeat([1, 2, 0, 3, 0], [64, 64, 32, 64, 32]))
+    first, last = blockwise.visited(ids_T, 32, 32, causal=False)
+    assert list(zip(first.tolist(), last.tolist(), strict=True)) == [
+        (0, 2), (0, 2), (2, 4), (2, 4), (8, 0), (5, 7), (5, 7), (8, 0)
+    ]  # fmt: skip
+    first, last = blockwise.visited(ids_T, 32, 32, causal=True)
+    assert (last - first).clip(0).tolist() == [1, 2, 1, 2, 0, 1, 2, 0]
 
 
 SPLASH_CASES = [
@@ -138,11 +157,11 @@ def test_splash_is_a_softmax_over_the_visible_keys(case):
 def test_splash_in_bfloat16_is_as_close_as_xla():
     case = Case(256, 2, 1, 64, causal=True, branches=BRANCHES)
     arrays, among = draw(case, seed=5, dtype=jnp.bfloat16)
-    exact = dense(*arrays, dense_mask(among))
+    exact = without_padding(dense(*arrays, dense_mask(among)), among)
     splash = attention.make("splash", branches=BRANCHES, devices=jax.devices(), interpret=True)
     found = run(splash, arrays, among)
     ours, xla = (
-        max(np.abs(np.asarray(a, np.float64) - b).max() for a, b in zip(results, exact, strict=True))
+        max(np.abs(a.astype(np.float64) - b).max() for a, b in zip(without_padding(results, among), exact, strict=True))
         for results in (found, run(attention.reference, arrays, among))
     )
     assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
@@ -159,10 +178,10 @@ def test_on_a_mesh_each_device_computes_its_rows_and_heads(name):
     placed = [jax.device_put(x, sharding.shard(mesh, "BTNK")) for x in arrays]
     among_placed = jax.tree.map(lambda x: jax.device_put(x, sharding.shard(mesh, "BT")), among)
     found = run(attend, placed, among_placed)
-    for ours, exact in zip(found, dense(*arrays, dense_mask(among)), strict=True):
-        np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5)
-        if name == "splash":
-            assert ours.sharding.shard_shape(ours.shape) == (1, 130, ours.shape[2] // 2, 32)
+    expected = without_padding(dense(*arrays, dense_mask(among)), among)
+    for ours, real, exact in zip(found, without_padding(found, among), expected, strict=True):
+        np.testing.assert_allclose(real, exact, rtol=0, atol=2e-5)
+        assert ours.sharding.shard_shape(ours.shape) == (1, 130, ours.shape[2] // 2, 32)
 
 
 def test_windows_are_rows_of_their_own():
@@ -194,8 +213,7 @@ def test_long_rows_keep_nothing_of_size_t_by_t():
         return jax.vjp(lambda *qkv: attention.reference(*qkv, among), q, k, v)[1](cotangent)
 
     compiled = jax.jit(gradient).lower(*abstract, Among(ids, ids, causal=True)).compile()
-    assert attention.query_chunk(length) == attention.MAX_QUERIES
-    assert compiled.memory_analysis().temp_size_in_bytes < rows * heads * length * length * 4 / 2
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * heads * length * length * 4 / 16
     assert f"{length},{length}]" not in compiled.as_text()
 
 

@@ -12,9 +12,10 @@ def normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(shape).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("unroll", [1, 2, 100])
+@pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("kinds", ["a", "b", "abab", "baa", "aabaab", "abba", "aaab", "abbbab"])
-def test_scan_equals_a_loop(kinds, remat):
+def test_scan_equals_a_loop(kinds, remat, unroll):
     stacked = layers.stack(lambda r: nnx.Linear(4, 4, rngs=r), len(kinds), nnx.Rngs(0))
     carry, x_L2 = jnp.asarray(normal(3, 4)), jnp.asarray(normal(len(kinds), 2))
 
@@ -22,7 +23,7 @@ def test_scan_equals_a_loop(kinds, remat):
         carry = carry + (jnp.tanh(layer(carry)) if kind == "a" else jnp.sin(layer(carry)) * x_2.mean())
         return carry, {"sum": carry.sum(-1), "x": x_2}
 
-    found, outputs = layers.scan_layers(stacked, step, carry, kinds, per_layer=x_L2, remat=remat)
+    found, outputs = layers.scan_layers(stacked, step, carry, kinds, per_layer=x_L2, remat=remat, unroll=unroll)
     expected, expected_outputs = carry, []
     for number, kind in enumerate(kinds):
         expected, output = step(tiny.layer_of(stacked, number), expected, kind, x_L2[number])
@@ -41,7 +42,7 @@ def test_a_deeper_stack_is_not_a_longer_program():
             return layer(carry) if kind == "a" else jnp.tanh(layer(carry)), None
 
         return str(
-            jax.make_jaxpr(lambda x: layers.scan_layers(stacked, step, x, kinds, remat=False))(jnp.ones((3, 4)))
+            jax.make_jaxpr(lambda x: layers.scan_layers(stacked, step, x, kinds, remat="none"))(jnp.ones((3, 4)))
         ).count("dot_general")
 
     assert matrix_products("aaab" * 5) == matrix_products("aaab") == 2

@@ -167,8 +167,9 @@ def decode_greedily(case: tiny.Case, batch: dict[str, np.ndarray]) -> np.ndarray
     return np.stack(logits_NBV)
 
 
-def test_remat_changes_nothing(one_run):
-    network = registry.build(one_run.case.family, one_run.case.config, Execution(remat=True))
+@pytest.mark.parametrize("remat", ["full", "attended", "dots"])
+def test_remat_changes_nothing(one_run, remat):
+    network = registry.build(one_run.case.family, one_run.case.config, Execution(remat=remat))
     (loss, logits_BAV), gradient = jitted_loss(network)(one_run.case.parameters, one_run.batch)
     (plain_loss, plain_logits_BAV), plain_gradient = one_run.loss_and_gradient
     assert abs(float(loss - plain_loss)) <= 1e-6

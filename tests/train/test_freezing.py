@@ -72,7 +72,7 @@ def open_world(scenes, tmp_path_factory):
             run = runs.open_run(config, tmp_path_factory.mktemp("workdir"))
             mesh = sharding.make_mesh(config.mesh, jax.devices()[:1], rows=8, heads=run.processor.config.heads)
             network = registry.build(
-                config.model.family, run.processor.config, Execution(sharding.constrainer(mesh), remat=True)
+                config.model.family, run.processor.config, Execution(sharding.constrainer(mesh), remat="full")
             )
             run = dataclasses.replace(run, mesh=mesh, network=network)
             made[key] = World(config, run, loop.make_trainer(network, config, mesh))

@@ -40,6 +40,7 @@ def first_update(parameters, gradient, factors=None, **settings) -> dict:
         config.Optim(warmup_ratio=0.0, learning_rate=1.0, **settings),
         max_steps=10,
         factors=factors or all_trained(parameters),
+        axes={},
     )
     return optimizer.update(gradient, optimizer.init(parameters), parameters)[0]
 
@@ -86,7 +87,7 @@ def test_weight_decay_acts_on_kernels_and_embeddings_alone(parameters):
 def test_adam_is_the_one_of_pytorch(parameters):
     rng = np.random.default_rng(6)
     settings = config.Optim(learning_rate=0.1, warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=1e9)
-    optimizer = optim.make_optimizer(settings, 10**9, {"head/kernel": 1.0})  # constant over three steps
+    optimizer = optim.make_optimizer(settings, 10**9, {"head/kernel": 1.0}, {})  # constant over three steps
     ours = {"head": parameters["head"]}
     theirs = torch.nn.Parameter(torch.tensor(np.asarray(ours["head"]["kernel"])))
     torch_optimizer = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)

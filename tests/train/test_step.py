@@ -181,7 +181,7 @@ def test_what_is_frozen_stays_and_the_rest_is_trained_as_if_it_were_not(paramete
 
 def test_frozen_parameters_have_no_moments(parameters, batch):
     factors = all_trained(parameters) | {"embed/embedding": 0.0}
-    optimizer = optim.make_optimizer(config.Optim(warmup_ratio=0.0), 10, factors)
+    optimizer = optim.make_optimizer(config.Optim(warmup_ratio=0.0), 10, factors, {})
     state, _ = take_step(parameters, batch, optimizer, factors=factors)
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
     assert shapes == sorted(2 * [(WIDTH,), (WIDTH, VOCABULARY)])
@@ -198,7 +198,7 @@ def test_frozen_parameters_keep_their_dtype(parameters, batch, dtype):
     factors = all_trained(parameters) | {"embed/embedding": 0.0}
     kept = (10 * parameters["embed"]["embedding"]).astype(dtype)
     mixed = parameters | {"embed": {"embedding": kept}}
-    optimizer = optim.make_optimizer(config.Optim(warmup_ratio=0.0), 10, factors)
+    optimizer = optim.make_optimizer(config.Optim(warmup_ratio=0.0), 10, factors, {})
     state, metrics = take_step(mixed, batch, optimizer, accumulate=2, logits=logits, factors=factors)
     np.testing.assert_array_equal(state.parameters["embed"]["embedding"], kept, strict=True)
     assert state.parameters["head"]["kernel"].dtype == jnp.float32
@@ -216,7 +216,7 @@ def test_compute_is_in_the_compute_dtype_and_masters_stay_float32(parameters, ba
         seen.extend(leaf.dtype for leaf in jax.tree.leaves(parameters))
         return bag_logits(parameters, batch)
 
-    optimizer = optim.make_optimizer(config.Optim(), 10, all_trained(parameters))
+    optimizer = optim.make_optimizer(config.Optim(), 10, all_trained(parameters), {})
     state, metrics = take_step(parameters, batch, optimizer, dtype=jnp.bfloat16, logits=logits)
     assert set(seen) == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves((state.parameters, metrics["loss"]))} == {jnp.dtype(jnp.float32)}

@@ -74,7 +74,7 @@ class Result:
 def ours(world: World, settings: Optim) -> Result:
     network = world.case.network
     factors = parameter_groups.factors(network.shapes, settings.groups)
-    optimizer = optim.make_optimizer(settings, MAX_STEPS, factors)
+    optimizer = optim.make_optimizer(settings, MAX_STEPS, factors, network.axes)
     run = jax.jit(step.make_train_step(network.logits, optimizer, factors, jnp.float32, 1))
     batch = tiny.pack_rows(world.case, [[example.sample for example in row] for row in world.rows])
     trained, _ = parameter_groups.split(world.case.parameters, factors)

@@ -91,7 +91,8 @@ class VisionTower(nnx.Module):
         def step(block: VisionBlock, hidden_BPD: jax.Array, *_):
             return self.how.constrain(block(hidden_BPD, turn, attend), "BPD"), None
 
-        return scan_layers(self.transformer["layers"], step, hidden_BPD, remat=self.how.remat)[0]
+        how = self.how
+        return scan_layers(self.transformer["layers"], step, hidden_BPD, remat=how.remat, unroll=how.unroll)[0]
 
     def turn(self, patch_rc_BP2: jax.Array) -> Turn:
         """Returns the rotation of each patch: rows turn with the even frequencies, columns with the odd ones."""

@@ -11,6 +11,27 @@ MODULES = {  # beginning of a hub name → in transformers 5
     "language_model.lm_head": "lm_head",
 }
 
+PARTS = {  # beginning of paths, in the order of the computation → what they act on, one of data.work's COUNTS
+    "vision_tower/patch_conv/": "patches",
+    "vision_tower/transformer/": "patches",
+    "multi_modal_projector/": "merged",
+    "language_model/model/layers/": "tokens",
+    "language_model/lm_head/": "answers",
+}
+
+
+def parts(config: PixtralConfig) -> dict[str, str]:
+    return PARTS
+
+
+def attended(config: PixtralConfig) -> dict[str, int]:
+    """Returns the channels, over heads and layers, in which pairs of patches and tokens attend."""
+    vision, decoder = config.vision, config.decoder
+    return {
+        "image_pairs": vision.num_hidden_layers * vision.hidden_size,
+        "token_pairs": decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_width,
+    }
+
 
 def patch_layout(channels: int, patch: int) -> Layout:
     """Returns Conv2d [D, colour, p, p] ↔ [colour·p·p, D]."""

@@ -102,7 +102,8 @@ class VisionTower(nnx.Module):
             return self.how.constrain(block(hidden_BPD, turn, attend[is_full]), "BPD"), None
 
         kinds = [layer in vision.fullatt_block_indexes for layer in range(vision.depth)]
-        hidden_BPD, _ = scan_layers(self.blocks, step, hidden_BPD, kinds, remat=self.how.remat)
+        how = self.how
+        hidden_BPD, _ = scan_layers(self.blocks, step, hidden_BPD, kinds, remat=how.remat, unroll=how.unroll)
         return self.how.constrain(self.merger(hidden_BPD), "BMD")
 
     def among_images(self, image_id_BP: jax.Array) -> Attend:

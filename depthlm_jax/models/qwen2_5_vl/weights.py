@@ -10,6 +10,29 @@ MODULES = {  # beginning of a hub name → in transformers 5
     "lm_head": "lm_head",
 }
 
+PARTS = {  # beginning of paths, in the order of the computation → what they act on, one of data.work's COUNTS
+    "visual/patch_embed/": "patches",
+    "visual/blocks/": "patches",
+    "visual/merger/": "merged",
+    "model/layers/": "tokens",
+}
+
+
+def parts(config: Qwen25VLConfig) -> dict[str, str]:
+    """Returns PARTS and the head, which may be the embedding."""
+    return PARTS | {"model/embed_tokens/" if config.tie_word_embeddings else "lm_head/": "answers"}
+
+
+def attended(config: Qwen25VLConfig) -> dict[str, int]:
+    """Returns the channels, over heads and layers, in which pairs of patches and tokens attend."""
+    vision, decoder = config.vision, config.decoder
+    full = len(set(vision.fullatt_block_indexes) & set(range(vision.depth)))
+    return {
+        "image_pairs": full * vision.hidden_size,
+        "window_pairs": (vision.depth - full) * vision.hidden_size,
+        "token_pairs": decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_width,
+    }
+
 
 def rules(config: Qwen25VLConfig) -> list[Rule]:
     """Returns the table; one rule for each parameter of a model of this config."""

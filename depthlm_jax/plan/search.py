@@ -1,0 +1,39 @@
+"""The largest number of rows a device, and the least recomputation, that fit."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from depthlm_jax import config as config_module
+from depthlm_jax.plan.program import Program, compile_step
+from depthlm_jax.plan.topology import Topology
+
+LEAST_FIRST = ("none", "dots", "attended", "full")  # what the backward pass computes again
+
+
+def tries(
+    config: config_module.Config, topology: Topology, compile_: Callable = compile_step
+) -> Iterator[tuple[config_module.Config, Program]]:
+    """Yields each recipe that is compiled, and its program.
+
+    With one row a device, policies are tried from the least recomputation on until one fits; then rows are doubled as
+    long as they fit and divide the batch.
+    """
+    fitting = None
+    for remat in LEAST_FIRST:
+        one = _with(config, remat, 0)
+        program = compile_(one, topology)
+        yield one, program
+        if program.fits:
+            fitting = program
+            break
+    while fitting is not None and fitting.micro_batches % 2 == 0:
+        more = _with(config, one.model.remat, fitting.micro_batches // 2)
+        program = compile_(more, topology)
+        yield more, program
+        fitting = program if program.fits else None
+
+
+def _with(config: config_module.Config, remat: str, micro_batches: int) -> config_module.Config:
+    model = dataclasses.replace(config.model, remat=remat)
+    train = dataclasses.replace(config.train, gradient_accumulation_steps=micro_batches)
+    return dataclasses.replace(config, model=model, train=train)
