@@ -190,13 +190,11 @@ COLORS = {
 USERS = {"sources", "groups", "hf_config"}  # dicts whose keys are the user's
 NAMED = {"data.sources": "source", "optim.groups": "group"}  # sections with names of the user's choice
 CHOICES = {  # "*" stands for such a name
-    "model.compute_dtype": ("bfloat16", "float32"),
+    **dict.fromkeys(("model.compute_dtype", "train.accumulation_dtype"), ("bfloat16", "float32")),
     "model.attention": ("auto", "xla", "splash", "cudnn"),
     "model.remat": ("full", "attended", "dots", "none"),
     "optim.name": ("adamw", "adafactor", "lion", "muon"),
-    "train.accumulation_dtype": ("float32", "bfloat16"),
-    "data.sources.*.depth_kind": ("z", "ray"),
-    "eval.source.depth_kind": ("z", "ray"),
+    **dict.fromkeys(("data.sources.*.depth_kind", "eval.source.depth_kind"), ("z", "ray")),
     "eval.task": TASKS,
     "data.geometry.mode": ("corrected", "official"),
     "data.geometry.crop_position": ("random", "centred"),
@@ -223,9 +221,8 @@ RANGES = {  # of numbers, both ends included
     **dict.fromkeys(COUNTS, COUNT),
     **dict.fromkeys([*AMOUNTS, *(f"data.tasks.{name}" for name in TASKS)], AMOUNT),
     "data.mixture.size_exponent": (0, 1), "data.geometry.flip": (0, 1), "eval.source.fov_degrees": (0, 179),
-    "data.sources.*.fov_degrees": (0, 179),
-    "optim.warmup_ratio": (0, 1), "optim.adam_b1": (0, 1), "optim.adam_b2": (0, 1), "optim.adam_eps": (0, 1),
-    "optim.max_grad_norm": (1e-12, 2**31 - 1),
+    "data.sources.*.fov_degrees": (0, 179), "optim.warmup_ratio": (0, 1), "optim.adam_b1": (0, 1),
+    "optim.adam_b2": (0, 1), "optim.adam_eps": (0, 1), "optim.max_grad_norm": (1e-12, 2**31 - 1),
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """'/'-paths of a nested dict of arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,11 @@ def unflatten(leaves: Mapping[str, object]) -> dict:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
+
+
+def map_paths(function: Callable[[str], object], tree):
+    """Returns the tree with `function(path)` in place of each leaf; parts that optax has masked stay masked."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: function("/".join(str(key.key) for key in path)), tree)
 
 
 def cast(tree, dtype):

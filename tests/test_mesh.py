@@ -33,7 +33,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def train(scenes, tmp_path_factory):
-    """Yields the function (data, fsdp, tensor, micro-batches) → five steps, always from the same start."""
+    """Yields the function (data, fsdp, tensor, …) → five steps, always from the same start."""
     run = runs.open_run(worlds.config(scenes, CHANGES), tmp_path_factory.mktemp("workdir"))
     batches = pipeline.training_batches(pipeline.open_sources(run.config), run.processor, run.config)
     rows = [next(batches).arrays for _ in range(STEPS)]
@@ -48,11 +48,16 @@ def train(scenes, tmp_path_factory):
     jax.monitoring.register_event_duration_secs_listener(count)
 
     @functools.cache
-    def run_steps(data: int, fsdp: int, tensor: int, micro_batches: int = 1) -> Trained:
-        config = worlds.config(scenes, CHANGES | {"train.gradient_accumulation_steps": micro_batches})
-        devices = jax.devices()[: data * fsdp * tensor]
+    def run_steps(
+        data: int, fsdp: int, tensor: int, micro_batches: int = 1, replica: int = 1, optimizer: str = "adamw"
+    ) -> Trained:
+        changes = {"train.gradient_accumulation_steps": micro_batches, "optim.name": optimizer}
+        config = worlds.config(scenes, CHANGES | changes)
+        devices = jax.devices()[: replica * data * fsdp * tensor]
         heads = run.processor.config.heads
-        mesh = sharding.make_mesh(Mesh(data, fsdp, tensor), devices, rows=8 // micro_batches, heads=heads)
+        mesh = sharding.make_mesh(
+            Mesh(data, fsdp, tensor, replica), devices, rows=8 // (micro_batches or 1), heads=heads
+        )
         network = registry.build("qwen2_5_vl", run.processor.config, runs.execution(config, mesh))
         trainer = loop.make_trainer(network, config, mesh)
         places = trainer.shardings.parameters
@@ -72,7 +77,11 @@ def train(scenes, tmp_path_factory):
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4)]
 
 
-@pytest.mark.parametrize("sizes", [*MESHES, (2, 2, 2, 2)], ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize(
+    "sizes",
+    [*MESHES, (2, 2, 2, 2), (1, 2, 1, 0), (2, 2, 1, 1, 2), (1, 2, 2, 0, 2)],
+    ids=lambda sizes: "x".join(map(str, sizes)),
+)
 def test_losses_are_those_of_one_device(train, sizes):
     alone = train(1, 1, 1)
     np.testing.assert_allclose(train(*sizes).losses, alone.losses, rtol=0, atol=1e-5)
@@ -82,6 +91,13 @@ def test_losses_are_those_of_one_device(train, sizes):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), *MESHES], ids=lambda sizes: "x".join(map(str, sizes)))
 def test_the_step_is_compiled_once(train, sizes):
     assert train(*sizes).compilations == 1
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion", "muon"])
+def test_other_optimizers_do_the_same_on_a_mesh(train, name):
+    alone, divided = (train(*sizes, optimizer=name) for sizes in ((1, 1, 1), (1, 8, 1)))
+    np.testing.assert_allclose(divided.losses, alone.losses, rtol=0, atol=1e-4 if name == "lion" else 1e-5)
+    assert alone.losses[-1] < alone.losses[0]
 
 
 SHARDS = {  # path → shape of one device's part

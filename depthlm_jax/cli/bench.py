@@ -4,19 +4,23 @@ from pathlib import Path
 
 from absl import flags
 
+from depthlm_jax import config as config_module
 from depthlm_jax import log
-from depthlm_jax.bench import convert, data, index
+from depthlm_jax.bench import convert, data, decode, index, train
 from depthlm_jax.cli import command
 from depthlm_jax.eval import report
 
 
 def define_flags(values: flags.FlagValues) -> None:
+    command.define_config(values)
     command.define_word(values, list(MEASUREMENTS), "what is measured; may be written bench data")
     command.define_path(
         values, "images", "data: a .jsonl file or the folder of a TFDS data set, beside synthetic images"
     )
-    flags.DEFINE_integer("repeats", 5, "data: passes over the images; their median counts", lower_bound=1,
+    flags.DEFINE_integer("repeats", 5, "passes over the images, or steps, of each; their median counts", lower_bound=1,
                          flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("samples", 8, "train: samples of a batch", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("questions", 8, "decode: about one image", lower_bound=1, flag_values=values)
     command.define_path(
         values, "hf_dir", "convert: a Hugging Face folder; without it, random weights of 3B are written"
     )
@@ -68,4 +72,36 @@ def _convert(values: flags.FlagValues) -> dict:
     return found
 
 
-MEASUREMENTS = {"convert": _convert, "data": _data, "index": _index}
+def _train(values: flags.FlagValues) -> dict:
+    shapes = {"recipe": None} if values.config else train.SHAPES
+    found, dtype = {}, "bfloat16" if values.config else "float32"
+    for name, vocabulary in shapes.items():
+        hf_config = train.TINY
+        if values.config:
+            hf_config = config_module.parse(values.config).model.hf_config
+            vocabulary = hf_config["vocab_size"]
+        found[name] = train.measure(hf_config, vocabulary, values.samples, values.repeats, dtype)
+    for name, one in found.items():
+        rows = [
+            (text, {"samples/s": one[lane]["samples_s"], "tokens/s": one[lane]["tokens_s"], "of peak": one[lane]["mfu"],
+                    "peak GB": one[f"{lane}_peak_gb"] or float("nan"), "tokens in slots": one[filled]})
+            for text, lane, filled in (("ours", "ours", "filled_tokens"), ("peer", "peer", "peer_filled_tokens"))
+        ]  # fmt: skip
+        log.say(
+            f"{name}: {one['samples']} samples, {one['tokens']} tokens, {one['useful_tflop']:.3f} useful TFLOP; peak: "
+            f"{one['peak_tflops']:.3f} TFLOP/s, {one['peak_of']}; first step {one['compile_seconds']:.1f} s"
+        )
+        log.say(report.table(rows, list(rows[0][1])) + f"\n{one['ratio']:.2f} ×\n")
+    first = next(iter(found.values()))
+    return {"ratio": first["ratio"], "peer": train.PEER, "shapes": found}
+
+
+def _decode(values: flags.FlagValues) -> dict:
+    found = decode.measure(train.TINY, train.SHAPES["DepthLM"], values.questions, values.repeats)
+    rows = [(lane, {"answers/s": found[f"{lane}_answers_s"]}) for lane in ("ours", "peer")]
+    log.say(f"{found['questions']} questions about one image, the same {decode.NEW_TOKENS} tokens from both")
+    log.say(report.table(rows, ["answers/s"]))
+    return found
+
+
+MEASUREMENTS = {"convert": _convert, "data": _data, "decode": _decode, "index": _index, "train": _train}

@@ -30,7 +30,7 @@ def run(values: flags.FlagValues) -> dict:
     if not values.search:
         return _say(place, config, compile_step(config, place))
     rows, best = [], None
-    for tried, program in search.tries(config, place):
+    for tried, program in search.tries(config, lambda one: compile_step(one, place)):
         best = (tried, program) if program.fits or best is None else best
         setting = f"remat={tried.model.remat}, {program.rows} rows a device"
         rows.append((setting, {"GiB": program.total_bytes / GB, "fits": "yes" if program.fits else "no"}))

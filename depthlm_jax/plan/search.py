@@ -4,16 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from depthlm_jax import config as config_module
-from depthlm_jax.plan.program import Program, compile_step
-from depthlm_jax.plan.topology import Topology
 
 LEAST_FIRST = ("none", "dots", "attended", "full")  # what the backward pass computes again
 
 
-def tries(
-    config: config_module.Config, topology: Topology, compile_: Callable = compile_step
-) -> Iterator[tuple[config_module.Config, Program]]:
-    """Yields each recipe that is compiled, and its program.
+def tries(config: config_module.Config, compile_: Callable) -> Iterator[tuple[config_module.Config, object]]:
+    """Yields each recipe that is compiled, and its `program.Program`, which `compile_` makes.
 
     With one row a device, policies are tried from the least recomputation on until one fits; then rows are doubled as
     long as they fit and divide the batch.
@@ -21,14 +17,14 @@ def tries(
     fitting = None
     for remat in LEAST_FIRST:
         one = _with(config, remat, 0)
-        program = compile_(one, topology)
+        program = compile_(one)
         yield one, program
         if program.fits:
             fitting = program
             break
     while fitting is not None and fitting.micro_batches % 2 == 0:
         more = _with(config, one.model.remat, fitting.micro_batches // 2)
-        program = compile_(more, topology)
+        program = compile_(more)
         yield more, program
         fitting = program if program.fits else None
 

@@ -1,5 +1,6 @@
 """The optimizers of the trained parameters: cosine decay, linear warm-up, clipping by the global norm."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -64,14 +65,13 @@ def _adafactor(settings: config.Optim, schedule: optax.Schedule, axes: Mapping[s
 
 def _muon(settings: config.Optim, schedule: optax.Schedule, axes: Mapping[str, str]) -> optax.GradientTransformation:
     """Orthogonal steps for kernels of layers, AdamW for the rest. Source: Jordan et al. 2024, Liu et al. 2025."""
-    return optax.contrib.muon(
-        schedule, weight_decay=settings.weight_decay, weight_decay_mask=decayed, consistent_rms=0.2,
-        adam_b1=settings.adam_b1, adam_b2=settings.adam_b2, eps=settings.adam_eps,
-        adam_weight_decay=settings.weight_decay,
-        muon_weight_dimension_numbers=lambda parameters: tree.unflatten(
-            {path: _matrix_axes(path, axes[path]) for path in tree.flatten(parameters)}
-        ),
+    moved = optax.contrib.muon(
+        schedule, consistent_rms=0.2, adam_b1=settings.adam_b1, adam_b2=settings.adam_b2, eps=settings.adam_eps,
+        muon_weight_dimension_numbers=functools.partial(tree.map_paths, lambda path: _matrix_axes(path, axes[path])),
     )  # fmt: skip
+    # Its own decay would act on biases and norms, too.
+    decay = optax.add_decayed_weights(lambda count: -settings.weight_decay * schedule(count), decayed)
+    return optax.chain(moved, decay)
 
 
 def _matrix_axes(path: str, letters: str) -> optax.contrib.MuonDimensionNumbers | None:
@@ -86,7 +86,7 @@ KINDS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "muon": _muon}
 
 def decayed(parameters: Mapping) -> dict:
     """Returns, for each parameter, whether weight decay acts on it."""
-    return tree.unflatten({path: path.endswith(DECAYED) for path in tree.flatten(parameters)})
+    return tree.map_paths(lambda path: path.endswith(DECAYED), parameters)
 
 
 def scaled(updates: Mapping, factors: Mapping[str, float]) -> dict:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -239,3 +240,57 @@ def test_another_group_is_another_run():
     other = config.parse(recipe)
     with pytest.raises(InputError, match=r"optim\.groups\.vision\.factor: None there, 0\.1 here"):
         same_run.check_same_run(config.Config(), other, "runs/a")
+
+
+# Other optimizers
+
+
+STACKED_AXES = {
+    "layers/q_proj/kernel": "LDH",
+    "layers/qkv/kernel": "LD3H",
+    "layers/norm/scale": "LD",
+    "embed/embedding": "VD",
+}
+STACKED_SHAPES = {
+    "layers/q_proj/kernel": (2, 160, 144), "layers/qkv/kernel": (2, 160, 3, 160), "layers/norm/scale": (2, 160),
+    "embed/embedding": (200, 160),
+}  # fmt: skip
+
+
+def stacked(seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    return tree.unflatten({path: jnp.float32(rng.normal(size=shape)) for path, shape in STACKED_SHAPES.items()})
+
+
+@pytest.mark.parametrize("name", optim.KINDS)
+def test_every_optimizer_goes_downhill_and_decays_weights_alone(name):
+    settings = config.Optim(name=name, warmup_ratio=0.0, learning_rate=1e-2, max_grad_norm=1e9)
+    parameters, gradient = stacked(0), stacked(1)
+    updates = {}
+    for decay in (0.0, 0.5):
+        decayed = dataclasses.replace(settings, weight_decay=decay)
+        optimizer = optim.make_optimizer(decayed, 10, dict.fromkeys(STACKED_SHAPES, 1.0), STACKED_AXES)
+        updates[decay] = optimizer.update(gradient, optimizer.init(parameters), parameters)[0]
+    for path, update in tree.flatten(updates[0.0]).items():
+        assert float(jnp.sum(update * tree.flatten(gradient)[path])) < 0, path
+        moved = not np.array_equal(update, tree.flatten(updates[0.5])[path])
+        assert moved == path.endswith(("kernel", "embedding")), path
+
+
+def test_muon_makes_each_matrix_of_a_stack_orthogonal():
+    settings = config.Optim(name="muon", warmup_ratio=0.0, learning_rate=1.0, max_grad_norm=1e9)
+    optimizer = optim.make_optimizer(settings, 10, dict.fromkeys(STACKED_SHAPES, 1.0), STACKED_AXES)
+    parameters = stacked(0)
+    update = tree.flatten(optimizer.update(stacked(1), optimizer.init(parameters), parameters)[0])
+    qkv_LD3H = np.asarray(update["layers/qkv/kernel"])
+    for matrix in [*np.asarray(update["layers/q_proj/kernel"]), *qkv_LD3H.swapaxes(1, 2).reshape(-1, 160, 160)]:
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert values.max() / np.median(values) < 2  # of a random matrix: above 2.3, and small ones near zero
+        assert np.quantile(values, 0.1) / np.median(values) > 0.4
+
+
+def test_adafactor_keeps_sums_over_rows_and_columns():
+    settings = config.Optim(name="adafactor", warmup_ratio=0.0)
+    state = optim.make_optimizer(settings, 10, dict.fromkeys(STACKED_SHAPES, 1.0), STACKED_AXES).init(stacked(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert count < 0.05 * sum(math.prod(shape) for shape in STACKED_SHAPES.values())

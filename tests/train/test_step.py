@@ -119,6 +119,18 @@ def test_micro_batches_change_nothing(parameters, batch, accumulate):
         np.testing.assert_allclose(one, same, rtol=1e-6, atol=1e-6 * float(np.abs(one).max()))
 
 
+def test_gradients_are_added_up_in_the_dtype_that_is_asked_for(parameters, batch):
+    factors, optimizer = all_trained(parameters), optax.sgd(1.0)
+    states = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        run = jax.jit(step.make_train_step(bag_logits, optimizer, factors, jnp.float32, 4, dtype))
+        state, metrics = run(step.State(jnp.int32(0), parameters, optimizer.init(parameters)), batch)
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.parameters, metrics["loss"]))} == {jnp.dtype("float32")}
+        states[dtype] = np.asarray(state.parameters["head"]["kernel"] - parameters["head"]["kernel"])
+    error = np.abs(states[jnp.bfloat16] - states[jnp.float32]).max() / np.abs(states[jnp.float32]).max()
+    assert 1e-5 < error < 2e-2  # rounded, and no more than that
+
+
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_a_mean_of_means_would_be_noticed(parameters, batch, accumulate):
     losses, weights = losses_by_hand(parameters, batch), batch["weights_BA"]
