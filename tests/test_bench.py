@@ -16,7 +16,7 @@ from PIL import Image
 from configs import qwen2_5_vl_3b
 from depthlm_jax import __main__ as program
 from depthlm_jax import config as config_module
-from depthlm_jax.bench import convert, data, index
+from depthlm_jax.bench import convert, data, decode, index, peer, train
 from depthlm_jax.data import camera
 from depthlm_jax.data.index import ROW
 from depthlm_jax.errors import InputError
@@ -216,11 +216,51 @@ def test_a_conversion_that_fails_is_named(small_folder, tmp_path):
         convert.in_a_process("export", small_folder, tmp_path / "own")
 
 
+@pytest.fixture
+def tiny_bench(monkeypatch):
+    small = train.TINY | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+                          "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}  # fmt: skip
+    vision = train.TINY["vision_config"] | {"depth": 2, "hidden_size": 32, "intermediate_size": 48,
+                                            "out_hidden_size": 64, "fullatt_block_indexes": [1]}  # fmt: skip
+    monkeypatch.setattr(train, "TINY", small | {"vision_config": vision})
+    monkeypatch.setattr(train, "SHAPES", {"DepthLM": 900, "proportion": 700})
+    monkeypatch.setattr(train, "CELLS", (3, 6))
+    monkeypatch.setattr(decode, "CELLS", (5, 4))
+
+
+def test_bench_train_runs_and_both_compute_the_same_loss(capsys, tiny_bench):
+    status, out, err = call(capsys, "train", "--samples=3", "--repeats=2", "--json")
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert list(result["shapes"]) == ["DepthLM", "proportion"] and result["peer"] == peer.NAME in out
+    assert result["ratio"] == result["shapes"]["DepthLM"]["ratio"]
+    for found in result["shapes"].values():
+        assert found["ratio"] == pytest.approx(found["ours"]["samples_s"] / found["peer"]["samples_s"])
+        assert len(found["ours"]["seconds"]) == len(found["peer"]["seconds"]) == 2
+        assert found["filled_tokens"] == 1 > found["peer_filled_tokens"] > 0.3
+        assert 0 < found["ours"]["mfu"] < 1 and 0 < found["useful_tflop"] < 1
+        assert found["compile_seconds"] > max(found["ours"]["seconds"])
+
+
+def test_another_loss_than_the_peers_is_an_error():
+    train.check_same_loss({"ours": 2.0, "peer": 2.0001}, "float32")
+    with pytest.raises(InputError, match="the peer computes something else(.|\n)*2.000000 and 2.010000"):
+        train.check_same_loss({"ours": 2.0, "peer": 2.01}, "float32")
+
+
+def test_bench_decode_runs_and_both_give_the_same_tokens(capsys, tiny_bench):
+    status, out, err = call(capsys, "decode", "--questions=3", "--repeats=1", "--json")
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["questions"] == 3 and "the same 33 tokens from both" in out
+    assert result["ratio"] == pytest.approx(result["ours_answers_s"] / result["peer_answers_s"])
+
+
 @pytest.mark.parametrize(
     "arguments, status, text",
     [
-        ([], 2, "bench what? one of: convert, data, index"),
-        (["dta"], 2, "should be one of <convert|data|index>"),
+        ([], 2, "bench what? one of: convert, data, decode, index, train"),
+        (["dta"], 2, "should be one of <convert|data|decode|index|train>"),
         (["data", "index"], 2, "what is 'index'?"),
         (["data", "--repeats=0"], 2, "repeats"),
         (["data", "--images=no/such.jsonl"], 1, "no/such.jsonl"),

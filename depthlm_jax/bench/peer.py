@@ -61,7 +61,8 @@ def batch_of(folder: Path, images: list[np.ndarray], samples: list[Sample], imag
     for row, sample in enumerate(samples):
         ids[row, : len(sample.tokens_T)] = torch.tensor(sample.tokens_T)
         mask[row, : len(sample.tokens_T)] = 1
-        labels[row, torch.tensor(sample.answer_index_A) + 1] = torch.tensor(sample.targets_A).long()
+        inside = sample.answer_index_A + 1 < len(sample.tokens_T)  # a prompt has nothing after it
+        labels[row, sample.answer_index_A[inside] + 1] = torch.tensor(sample.targets_A[inside]).long()
     inputs = {
         "input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels["pixel_values"],
         "image_grid_thw": pixels["image_grid_thw"], "mm_token_type_ids": (ids == image_token).int(),

@@ -68,12 +68,17 @@ def state_layout(
     """
     replicated = sharding.shard(mesh, "")
     places = sharding.parameter_places(mesh, network.axes, network.shapes)
-    trained = parameter_groups.split(network.abstract, factors)[0]
-    moments = jax.eval_shape(optimizer.init, trained)
-    moment_places = optax.tree_map_params(
-        optimizer, lambda moment, place, value: place if moment.shape == value.shape else replicated,
-        moments, parameter_groups.split(places, factors)[0], trained, transform_non_params=lambda _: replicated,
-    )  # fmt: skip
+    moments = jax.eval_shape(optimizer.init, parameter_groups.split(network.abstract, factors)[0])
+    flat, shapes = tree.flatten(places), network.shapes
+
+    def place_of(keys: tuple, moment: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+        """The path of a moment ends with that of its parameter."""
+        names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        ends = ("/".join(names[start:]) for start in range(len(names)))
+        path = next((end for end in ends if end in flat), None)
+        return flat[path] if path and moment.shape == shapes[path] else replicated
+
+    moment_places = jax.tree_util.tree_map_with_path(place_of, moments)
     shardings = step.State(replicated, places, moment_places)
     counter = jax.ShapeDtypeStruct((), jnp.int32)
     return shardings, checkpoint.abstract(step.State(counter, network.abstract, moments), shardings)
