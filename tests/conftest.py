@@ -11,6 +11,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Eight devices on the CPU: tests of meshes run in this process.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # tests that compile for TPUs have none
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers, each with a thread for every core, get in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

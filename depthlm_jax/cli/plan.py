@@ -33,8 +33,8 @@ def run(values: flags.FlagValues) -> dict:
     for tried, program in search.tries(config, lambda one: compile_step(one, place)):
         best = (tried, program) if program.fits or best is None else best
         setting = f"remat={tried.model.remat}, {program.rows} rows a device"
-        rows.append((setting, {"GiB": program.total_bytes / GB, "fits": "yes" if program.fits else "no"}))
-        log.say(f"{setting}: {program.total_bytes / GB:.2f} GiB, {'fits' if program.fits else 'does not fit'}")
+        rows.append((setting, {"GiB": program.hbm_bytes / GB, "fits": "yes" if program.fits else "no"}))
+        log.say(f"{setting}: {program.hbm_bytes / GB:.2f} GiB, {'fits' if program.fits else 'does not fit'}")
     log.say("\n" + report.table(rows, ["GiB", "fits"]) + "\n")
     tried, program = best
     return {"remat": tried.model.remat, "rows": program.rows, **_say(place, tried, program)}
@@ -42,7 +42,7 @@ def run(values: flags.FlagValues) -> dict:
 
 def _say(place: topology.Topology, config: config_module.Config, program: Program) -> dict:
     """Prints what a program needs; returns it."""
-    held, total = program.hbm_bytes, program.total_bytes
+    held, total = program.hbm_classes, program.hbm_bytes
     verdict = "fits" if program.fits else "does NOT fit"
     devices = len(place.devices)
     log.say(
@@ -76,7 +76,7 @@ def _say(place: topology.Topology, config: config_module.Config, program: Progra
 
 
 def _advice(config: config_module.Config, program: Program) -> str:
-    held = program.hbm_bytes
+    held = program.hbm_classes
     state = held["parameters"] + held["optimizer"] + held["gradients"]
     if state > program.hbm_limit_bytes / 2:
         return "divide the state among more devices (--config.mesh.fsdp), or take a larger slice"

@@ -35,7 +35,8 @@ class Program:
     """A compiled step. Bytes, operations and seconds are of one device and one step."""
 
     fits: bool
-    hbm_bytes: dict[str, float]  # by class
+    hbm_bytes: float  # at the fullest moment
+    hbm_classes: dict[str, float]  # what it is made of; `temporaries` is the rest
     hbm_limit_bytes: float
     collectives: dict[str, dict[str, float]]  # kind → {"count", "bytes"}
     sent_bytes: float
@@ -47,10 +48,6 @@ class Program:
     compile_seconds: float
     mesh: dict[str, int]
     text: str  # of the program; empty: it does not fit
-
-    @property
-    def total_bytes(self) -> float:
-        return sum(self.hbm_bytes.values())
 
 
 def compile_step(config: config_module.Config, topology: Topology) -> Program:
@@ -84,13 +81,13 @@ def compile_step(config: config_module.Config, topology: Topology) -> Program:
     limit = topology.chip.hbm_bytes
     if compiled is None:
         used, limit = _from_error(error, limit)
-        hbm, text = held | {"temporaries": max(0.0, used - sum(held.values()))}, ""
+        text = ""
     else:
         memory = compiled.memory_analysis()
-        rest = memory.argument_size_in_bytes - held["parameters"] - held["optimizer"]
-        temporary = memory.temp_size_in_bytes - held["gradients"] - held["activations"]
-        hbm = held | {"batch": max(0.0, rest), "temporaries": max(0.0, temporary + memory.generated_code_size_in_bytes)}
+        used = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+        held["batch"] = max(0.0, memory.argument_size_in_bytes - held["parameters"] - held["optimizer"])
         text = compiled.as_text()
+    held["temporaries"] = max(0.0, used - sum(held.values()))
     sent = hlo.collectives(text)
     typical, samples = typical_work(config, processor, shape)
     whole = tree.count(network.abstract) * jnp.dtype(config.model.compute_dtype).itemsize / mesh.shape["tensor"]
@@ -98,7 +95,8 @@ def compile_step(config: config_module.Config, topology: Topology) -> Program:
     useful = each * rows / mesh.size
     return Program(
         fits=compiled is not None,
-        hbm_bytes=hbm,
+        hbm_bytes=float(used),
+        hbm_classes=held,
         hbm_limit_bytes=limit,
         collectives=hlo.by_kind(sent),
         sent_bytes=sum(one.sent_bytes for one in sent),

@@ -63,6 +63,7 @@ def find(name: str) -> Topology:
     if slices > 1:
         options = options | {"num_slices": slices}
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a metadata server which TPU this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip that another process might hold
     described = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{generation}:{shapes[number // each]}", **options
     )

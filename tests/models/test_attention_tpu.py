@@ -1,6 +1,6 @@
 """The splash kernel compiles for real TPUs, forward and backward, without one.
 
-JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m pytest -m tpu_aot tests/models/test_attention_tpu.py
+All of them: bash tests/run.sh -m tpu_aot
 """
 
 import dataclasses
@@ -76,8 +76,13 @@ def compile_gradient(case: Case, mesh: jax.sharding.Mesh) -> jax.stages.Compiled
     return jax.jit(both).lower(q, k, k, q, Among(ids, ids if case.branches else None, case.causal)).compile()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4"])
+EVERY = [(topology, case) for topology in ("v5e:4x4", "v6e:4x4") for case in CASES]
+
+
+@pytest.mark.parametrize(
+    ("topology", "case"), [EVERY[2], *(pytest.param(*one, marks=pytest.mark.slow) for one in EVERY if one != EVERY[2])],
+    ids=str,
+)  # fmt: skip
 def test_splash_compiles_and_keeps_nothing_of_size_t_by_t(topology, case):
     compiled = compile_gradient(case, mesh_of(topology))
     text, padded = compiled.as_text(), attention.block_of(case.length)[1]

@@ -5,6 +5,7 @@ Needs libtpu (jax[tpu]), no TPU.
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.tpu_aot,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: it comes with jax[tpu]"),
 ]
-TOKENS, PATCHES, ANSWERS, VOCABULARY = 640, 64 * 32, 96, 4096
+TOKENS, PATCHES, ANSWERS, VOCABULARY = 896, 64 * 36, 96, 4096  # none is also a width
 RECIPES = {"qwen2_5_vl": qwen2_5_vl_3b, "pixtral": pixtral_12b}
 
 
@@ -53,10 +54,10 @@ def plan(request) -> program.Program:
 def test_a_small_recipe_fits_and_its_bytes_add_up(plan):
     assert plan.fits and plan.mesh == {"replica": 1, "data": 1, "fsdp": 8, "tensor": 2}
     assert (plan.rows, plan.micro_batches) == (1, 4)
-    assert plan.total_bytes < 2**30 < plan.hbm_limit_bytes
-    assert plan.hbm_bytes["optimizer"] == pytest.approx(2 * plan.hbm_bytes["parameters"], rel=0.01)
-    assert plan.hbm_bytes["gradients"] == plan.hbm_bytes["parameters"] > 1e6
-    assert min(plan.hbm_bytes.values()) >= 0 and min(plan.seconds.values()) > 0
+    assert plan.hbm_bytes < 2**30 < plan.hbm_limit_bytes
+    assert plan.hbm_classes["optimizer"] == pytest.approx(2 * plan.hbm_classes["parameters"], rel=0.01)
+    assert plan.hbm_classes["gradients"] == plan.hbm_classes["parameters"] > 1e6
+    assert min(plan.hbm_classes.values()) >= 0 and min(plan.seconds.values()) > 0
     assert plan.text.count("tpu_custom_call") >= 6  # splash, forward and backward, in decoder and tower
 
 
@@ -65,9 +66,10 @@ def test_no_activation_is_gathered_and_the_merge_needs_no_collective(plan):
     sent = hlo.collectives(plan.text)
     assert sent, "parameters are divided: something has to be sent"
     for one in sent:
-        sizes = {size for _, shape in one.shapes for size in shape}
-        if one.kind == "all-gather":
-            assert not sizes & {TOKENS, PATCHES, PATCHES // 4, ANSWERS}, one
+        for _, shape in one.shapes if one.kind == "all-gather" else ():
+            is_activation = {TOKENS, PATCHES, PATCHES // 4, ANSWERS} & set(shape)
+            # The best token of each half of the vocabulary is compared with that of the other half.
+            assert not is_activation or math.prod(shape) <= 2 * ANSWERS, one
         assert "take_along_axis" not in one.source and "gather" not in one.source.rsplit("/", 1)[-1], one
 
 
@@ -88,7 +90,7 @@ def test_what_does_not_fit_is_told_with_numbers_and_what_to_change(tmp_path):
     command = [
         sys.executable, "-m", "depthlm_jax", "plan", "--config=configs/qwen2_5_vl_3b.py", "--topology=v5e-4", "--json",
         "--config.model.hf_config.num_hidden_layers=2", "--config.model.hf_config.vision_config.depth=8",
-        "--config.model.hf_config.vision_config.fullatt_block_indexes=(7,)", "--config.data.global_batch_rows=64",
+        "--config.data.global_batch_rows=64",
         "--config.train.gradient_accumulation_steps=1",
     ]  # fmt: skip
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

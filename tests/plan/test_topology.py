@@ -38,7 +38,8 @@ def test_names_are_those_of_the_cloud():
 def test_slices_have_their_chips(name, devices, slices):
     found = topology.find(name)
     assert len(found.devices) == devices
-    assert len({device.slice_index or 0 for device in found.devices}) == slices == found.slices
+    indexes = {device.slice_index for device in found.devices if hasattr(device, "slice_index")}
+    assert max(1, len(indexes)) == slices == found.slices
     assert chips.chip_of(found.devices[0].device_kind) == found.chip
 
 
