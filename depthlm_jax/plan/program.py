@@ -24,7 +24,7 @@ from depthlm_jax.train import loop, step
 
 TYPICAL_ROWS = 4  # that are filled with images of the recipe's crops, to know how much work a row holds
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
-USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.IGNORECASE)
+SIZE = re.compile(r"\b([\d.]+)([KMGT])\b")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Parts of the forward pass that the backward pass computes once more, as a share of all three.
 RECOMPUTED = {"full": 1 / 3, "attended": 1 / 3, "dots": 0.0, "none": 0.0}
@@ -80,7 +80,7 @@ def compile_step(config: config_module.Config, topology: Topology) -> Program:
     held = _held(trainer, config, sizes, shape, own_rows)
     limit = topology.chip.hbm_bytes
     if compiled is None:
-        used, limit = _from_error(error, limit)
+        used, limit = _from_error(error, held["parameters"] + held["optimizer"], limit)
         text = ""
     else:
         memory = compiled.memory_analysis()
@@ -172,12 +172,13 @@ def _kept_bytes(config: config_module.Config, sizes, shape: batch_contract.RowSh
     return float(max(0, residuals - inputs))
 
 
-def _from_error(text: str, limit: float) -> tuple[float, float]:
-    """Returns bytes used and bytes there, as the compiler's refusal names them."""
-    found = USED.search(text)
-    if not found:
+def _from_error(text: str, state: float, limit: float) -> tuple[float, float]:
+    """Returns bytes needed and bytes there: the first two sizes in the refusal; needed by all, or by temporaries."""
+    sizes = [float(number) * UNITS[unit] for number, unit in SIZE.findall(text)[:2]]
+    if len(sizes) < 2:
         return limit, limit
-    return float(found[1]) * UNITS[found[2].upper()], float(found[3]) * UNITS[found[4].upper()]
+    needed, there = max(sizes), min(sizes)
+    return needed + (state if "temporaries" in text.split("exceeds")[0] else 0.0), there
 
 
 def typical_work(

@@ -25,6 +25,13 @@ GENERATIONS = {
     "tpu7x": (CUBE, 2, {}),
 }
 NAMES = [f"{name}-{size * each}" for name, (shapes, each, _) in GENERATIONS.items() for size in shapes]
+ENVIRONMENT = {  # of the compiler, which else looks for the TPU that it is on, and complains that there is none
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling takes no chip that another process might hold
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +69,8 @@ def find(name: str) -> Topology:
     shapes, each, options = GENERATIONS[generation]
     if slices > 1:
         options = options | {"num_slices": slices}
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a metadata server which TPU this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip that another process might hold
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     described = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{generation}:{shapes[number // each]}", **options
     )

@@ -70,7 +70,8 @@ def test_no_activation_is_gathered_and_the_merge_needs_no_collective(plan):
             is_activation = {TOKENS, PATCHES, PATCHES // 4, ANSWERS} & set(shape)
             # The best token of each half of the vocabulary is compared with that of the other half.
             assert not is_activation or math.prod(shape) <= 2 * ANSWERS, one
-        assert "take_along_axis" not in one.source and "gather" not in one.source.rsplit("/", 1)[-1], one
+        if "gather" in one.source.rsplit("/", 1)[-1]:  # answers are looked up before halves of a sum are added
+            assert not {TOKENS, PATCHES, PATCHES // 4} & {size for _, shape in one.shapes for size in shape}, one
 
 
 def test_the_vocabulary_meets_answers_only(plan):
