@@ -18,6 +18,8 @@ from depthlm_jax.errors import InputError
 from depthlm_jax.models import attention, registry
 from depthlm_jax.models.execution import Execution
 
+ROWS_FIELD = "data.global_batch_rows (divided by train.gradient_accumulation_steps)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -54,15 +56,7 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
             _begin(config, workdir / "base")
 
     process_0_first(prepare, f"{workdir} could not be begun")
-    rows, accumulate = config.data.global_batch_rows, config.train.gradient_accumulation_steps or 1
-    if rows % accumulate:
-        raise InputError(
-            "config: train.gradient_accumulation_steps does not divide the rows", found=f"{rows} rows / {accumulate}",
-            expected=f"one of {[n for n in range(1, rows + 1) if rows % n == 0]}",
-            fix="set --config.train.gradient_accumulation_steps or --config.data.global_batch_rows",
-        )  # fmt: skip
-    field = "data.global_batch_rows (divided by train.gradient_accumulation_steps)"
-    run = connect(config, workdir, jax.devices(), rows // accumulate, field)
+    run = connect(config, workdir, jax.devices(), rows_at_a_time(config), ROWS_FIELD)
     if begins and config.model.hf_dir:
         _check_weights(run)
     if jax.process_index() == 0 and (changed or begins):  # only now: it can be trained
@@ -70,6 +64,22 @@ def open_run(config: config_module.Config, workdir: Path) -> Run:
             log.say(f"{workdir} goes on with another mixture: {line}")
         config_module.save(config, saved)
     return run
+
+
+def rows_at_a_time(config: config_module.Config) -> int:
+    """Returns the rows of a micro-batch; of the whole batch, where their number follows from the mesh.
+
+    Raises:
+      InputError: micro-batches do not divide the rows.
+    """
+    rows, accumulate = config.data.global_batch_rows, config.train.gradient_accumulation_steps or 1
+    if rows % accumulate:
+        raise InputError(
+            "config: train.gradient_accumulation_steps does not divide the rows", found=f"{rows} rows / {accumulate}",
+            expected=f"one of {[n for n in range(1, rows + 1) if rows % n == 0]}",
+            fix="set --config.train.gradient_accumulation_steps or --config.data.global_batch_rows",
+        )  # fmt: skip
+    return rows // accumulate
 
 
 def process_0_first(action: Callable[[], None], failure: str) -> None:
@@ -184,7 +194,7 @@ def connect(config: config_module.Config, workdir: Path, devices: list, rows: in
     heads = processor.config.heads
     mesh = sharding.make_mesh(config.mesh, devices, rows=rows, heads=heads, rows_field=rows_field)
     network = registry.build(config.model.family, processor.config, execution(config, mesh), config.model.lora)
-    network = dataclasses.replace(network, abstract=_with_frozen(network, config, stored_dtype(workdir / "base")))
+    network = dataclasses.replace(network, abstract=with_frozen(network, config, stored_dtype(workdir / "base")))
     return Run(config, workdir, processor, mesh, network)
 
 
@@ -198,7 +208,7 @@ def execution(config: config_module.Config, mesh: jax.sharding.Mesh) -> Executio
     return Execution(sharding.constrainer(mesh), attend, config.model.remat, config.model.unroll)
 
 
-def _with_frozen(network: registry.Network, config: config_module.Config, dtype: np.dtype) -> dict:
+def with_frozen(network: registry.Network, config: config_module.Config, dtype: np.dtype) -> dict:
     """Returns the abstract parameters; those that are not trained stay in the dtype of the folder."""
     factors = parameter_groups.factors(network.shapes, config.optim.groups, network.lora_paths)
     leaves = tree.flatten(network.abstract)

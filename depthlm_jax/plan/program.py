@@ -58,12 +58,13 @@ def compile_step(config: config_module.Config, topology: Topology) -> Program:
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = _folder(config, Path(scratch) / "base")
-        processor = registry.family(config.model.family).processor(folder)
-    sizes = _sizes(config, processor)
-    rows = config.data.global_batch_rows
-    at_a_time = rows // (config.train.gradient_accumulation_steps or 1)
-    mesh = sharding.make_mesh(config.mesh, topology.devices, rows=at_a_time, heads=sizes.heads)
+        processor, dtype = registry.family(config.model.family).processor(folder), runs.stored_dtype(folder)
+    sizes, rows = _sizes(config, processor), config.data.global_batch_rows
+    mesh = sharding.make_mesh(
+        config.mesh, topology.devices, rows=runs.rows_at_a_time(config), heads=sizes.heads, rows_field=runs.ROWS_FIELD
+    )
     network = registry.build(config.model.family, sizes, runs.execution(config, mesh), config.model.lora)
+    network = dataclasses.replace(network, abstract=runs.with_frozen(network, config, dtype))
     trainer = loop.make_trainer(network, config, mesh)
     shape = pipeline.row_shape(config.data, sizes)
     micro = loop.micro_batches(config, mesh)
