@@ -62,7 +62,7 @@ def useful(config: Qwen25VLConfig) -> float:
 
 
 def test_windows_cost_what_they_hold(config, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_QUERIES", 1 << 20)  # chunks of queries would be a loop, too
+    monkeypatch.setattr(attention, "SHORT", 1 << 20)  # block by block would be a loop, too
     found, as_masks = of_tower(config)
     ratio, before = found / useful(config), as_masks / useful(config)
     print(f"{useful(config):.3e} useful; {ratio:.3f} × in windows, {before:.3f} × as masks")
