@@ -240,6 +240,7 @@ def test_bench_train_runs_and_both_compute_the_same_loss(capsys, tiny_bench):
         assert found["filled_tokens"] == 1 > found["peer_filled_tokens"] > 0.3
         assert 0 < found["ours"]["mfu"] < 1 and 0 < found["useful_tflop"] < 1
         assert found["compile_seconds"] > max(found["ours"]["seconds"])
+        assert 0 <= found["data_wait"] < 1 and found["make_seconds"] > 0
 
 
 def test_another_loss_than_the_peers_is_an_error():

@@ -60,6 +60,7 @@ class Samples:
     encoded: list[batch_contract.Sample]
     counts: dict[str, int]  # data.work's COUNTS of all
     batch: dict[str, np.ndarray]  # packed rows
+    make_seconds: float  # from pixels to rows, on one core
 
 
 def measure(hf_config: dict, vocabulary: int, count: int, repeats: int, dtype: str) -> dict:
@@ -103,6 +104,9 @@ def measure(hf_config: dict, vocabulary: int, count: int, repeats: int, dtype: s
         "useful_tflop": useful / chips.TERA, "peak_tflops": peak / chips.TERA, "peak_of": of_what, **rates,
         "filled_tokens": tokens / np.prod(shape[0]), "filled_patches": samples.counts["patches"] / np.prod(shape[1]),
         "peer_filled_tokens": tokens / (count * max(len(sample.tokens_T) for sample in samples.encoded)),
+        "make_seconds": samples.make_seconds,
+        # of the time, if one core makes the rows of the next step while this one is computed
+        "data_wait": max(0.0, 1 - median["ours"] / samples.make_seconds),
         "ours_peak_gb": ours.peak_gb(), "peer_peak_gb": theirs.peak_gb(), "compile_seconds": ours.compile_seconds,
     }  # fmt: skip
 
@@ -124,13 +128,15 @@ def draw(processor, count: int) -> Samples:
     sides = rng.integers(*CELLS, size=(count, 2), endpoint=True) * grid
     images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sides]
     answers = [tasks.answer_text(float(depth_m)) for depth_m in rng.uniform(1, 20, count)]
+    start = time.perf_counter()
     encoded = [
         processor.encode([image], [(tasks.QUESTION, answer)]) for image, answer in zip(images, answers, strict=True)
     ]
     sizes = np.sum([packing.size_of(sample) for sample in encoded], axis=0)
     shape = batch_contract.RowShape(*(int(size) for size in sizes), processor.config.channels)
     row = packing.pack(encoded, shape, processor.config.patches_per_merged)
-    return Samples(images, encoded, work.work_of(row, processor.config.patch_slot_unit), packing.stack([row]))
+    batch, taken = packing.stack([row]), time.perf_counter() - start
+    return Samples(images, encoded, work.work_of(row, processor.config.patch_slot_unit), batch, taken)
 
 
 @dataclasses.dataclass

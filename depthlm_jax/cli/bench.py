@@ -89,7 +89,9 @@ def _train(values: flags.FlagValues) -> dict:
         ]  # fmt: skip
         log.say(
             f"{name}: {one['samples']} samples, {one['tokens']} tokens, {one['useful_tflop']:.3f} useful TFLOP; peak: "
-            f"{one['peak_tflops']:.3f} TFLOP/s, {one['peak_of']}; first step {one['compile_seconds']:.1f} s"
+            f"{one['peak_tflops']:.3f} TFLOP/s, {one['peak_of']}; first step {one['compile_seconds']:.1f} s; "
+            f"rows are made in {one['make_seconds']:.2f} s on one core: "
+            f"the step waits {one['data_wait']:.0%} of the time"
         )
         log.say(report.table(rows, list(rows[0][1])) + f"\n{one['ratio']:.2f} ×\n")
     first = next(iter(found.values()))
