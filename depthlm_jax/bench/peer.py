@@ -87,7 +87,7 @@ def training_step(folder: Path, images: list[np.ndarray], samples: list[Sample],
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
-        return loss
+        return loss.detach()
 
     return Step(run, torch, device)
 
