@@ -1,8 +1,8 @@
 """Our training step beside Hugging Face's in PyTorch: the same model, the same samples, equal batch.
 
-What shapes the work is DepthLM's: images as the 3B recipe crops them, at half its focal length, windows of 112 px,
-seven blocks of windows to one of whole images, one question with its answer, a vocabulary of 151,936. Width and number
-of layers are tiny. `proportion` has instead a vocabulary with about the share of operations that it has in the 3B.
+What shapes the work is DepthLM's: images of the sizes that the recipes crop, windows of 112 px, seven blocks of windows
+to one of whole images, one question with its answer, a vocabulary of 151,936. Width and number of layers are tiny.
+`proportion` has instead a vocabulary with about the share of operations that it has in the 3B.
 
 The peer is what one writes with transformers: samples padded to the longest one, SDPA, logits and loss by the model,
 AdamW and clipping by PyTorch; with an accelerator, bfloat16 with float32 master weights and gradient checkpointing.
@@ -36,7 +36,7 @@ from depthlm_jax.models import flops, registry
 from depthlm_jax.train import loop
 
 PEER = peer.NAME
-CELLS = (12, 25)  # sides of an image in merged patches: 336 to 700 px
+CELLS = (25, 50)  # sides of an image in merged patches: 700 to 1400 px
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
 SHAPES = {"DepthLM": 151_936, "proportion": 2048}  # vocabulary
 TINY = {  # the widths of the 3B divided by eight
@@ -188,7 +188,7 @@ def check_same_loss(losses: dict[str, float], dtype: str) -> None:
 def settings(dtype: str) -> config_module.Config:
     default = config_module.Config()
     alone = jax.local_devices()[0].platform == "cpu"
-    model = dataclasses.replace(default.model, compute_dtype=dtype, remat="none" if alone else "full")
+    model = dataclasses.replace(default.model, compute_dtype=dtype, remat="dots" if alone else "full")
     data = dataclasses.replace(default.data, global_batch_rows=1)
     return dataclasses.replace(default, model=model, data=data, mesh=config_module.Mesh(1, 1, 1, 1))
 

@@ -19,7 +19,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("repeats", 5, "passes over the images, or steps, of each; their median counts", lower_bound=1,
                          flag_values=values)  # fmt: skip
-    flags.DEFINE_integer("samples", 8, "train: samples of a batch", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("samples", 3, "train: samples of a batch", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("questions", 8, "decode: about one image", lower_bound=1, flag_values=values)
     command.define_path(
         values, "hf_dir", "convert: a Hugging Face folder; without it, random weights of 3B are written"

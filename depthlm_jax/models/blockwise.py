@@ -97,15 +97,13 @@ def _backward_row(
     Scores stand here with keys as rows and queries as columns: then no product needs a transposed copy of them.
     """
     first, last = visited(marks.ids_T, chunk, block, causal)
-    mean_NGT = jnp.sum(d_out_NGTK.astype(jnp.float32) * out_NGTK.astype(jnp.float32), axis=-1)
     k_NKS = jnp.swapaxes(k_NSK, 1, 2)
 
     def of_chunk(keys, number):
-        q_NRK, d_out_NRK = (_chunk_of(x, number, chunk) for x in (q_NGTK, d_out_NGTK))
-        q_NKR, d_out_NKR = (jnp.swapaxes(x, 1, 2) for x in (q_NRK, d_out_NRK))
-        top_N1R, share_N1R, mean_N1R = (
-            jnp.swapaxes(_chunk_of(x[..., None], number, chunk), 1, 2) for x in (top_NGT, share_NGT, mean_NGT)
-        )
+        q_NRK, out_NRK, d_out_NRK = (_chunk_of(x, number, chunk) for x in (q_NGTK, out_NGTK, d_out_NGTK))
+        q_NKR, out_NKR, d_out_NKR = (jnp.swapaxes(x, 1, 2) for x in (q_NRK, out_NRK, d_out_NRK))
+        top_N1R, share_N1R = (_chunk_of(x[..., None], number, chunk).swapaxes(1, 2) for x in (top_NGT, share_NGT))
+        mean_N1R = jnp.sum(d_out_NKR.astype(jnp.float32) * out_NKR.astype(jnp.float32), axis=1, keepdims=True)
 
         def meet(place, gradients):
             d_q_NKR, d_k_NSK, d_v_NSK = gradients
