@@ -1,6 +1,5 @@
 """Checkpoints of a run, behind Orbax: parameters, optimizer, step, position in the data, config."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from depthlm_jax import config as config_module
 from depthlm_jax import tree
 from depthlm_jax.errors import InputError
 
@@ -28,17 +26,15 @@ class Checkpoints:
             raise self._none()
         policy = ocp.checkpoint_managers.LatestN(KEPT)
         writing = {} if read_only else {"preservation_policy": policy, "cleanup_tmp_directories": True}
-        options = ocp.CheckpointManagerOptions(read_only=read_only, create=not read_only, **writing)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.options = ocp.CheckpointManagerOptions(read_only=read_only, create=not read_only, **writing)
+        self.manager = ocp.CheckpointManager(self.folder, options=self.options)
 
     @property
     def latest_step(self) -> int | None:
         return self.manager.latest_step()
 
-    def save(self, step: int, parameters: dict, optimizer, data_state: dict, config: config_module.Config) -> None:
-        """Starts to write a checkpoint; raises what the save before it failed with."""
-        self.manager.check_for_errors()
-        run = {"data": data_state, "config": dataclasses.asdict(config)}
+    def save(self, step: int, parameters: dict, optimizer, run: dict) -> None:
+        """Starts to write a checkpoint; `run` is what JSON can hold: position in the data, config, …"""
         chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
         items = ocp.args.Composite(
             parameters=ocp.args.StandardSave(parameters, save_args=jax.tree.map(lambda _: chunks, parameters)),
@@ -48,7 +44,7 @@ class Checkpoints:
         self.manager.save(step, args=items, force=True)
 
     def restore(self, step: int, parameters: dict, optimizer) -> tuple[dict, object, dict]:
-        """Returns parameters, optimizer state, and {"data": position, "config": of the run}.
+        """Returns parameters, optimizer state, and `run` as it was saved.
 
         Args:
           step: of a complete checkpoint.
@@ -126,6 +122,19 @@ class Checkpoints:
             f"{self.folder}: no checkpoint", found=sorted(file.name for file in self.folder.glob("*")) or "nothing",
             expected="the checkpoint of a training run", fix="train first, or give that run's --workdir",
         )  # fmt: skip
+
+    def check(self) -> None:
+        """Raises what a save has failed with."""
+        self.manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Waits for the last save; raises if it failed."""
+        self.manager.wait_until_finished()
+        self.manager.check_for_errors()
+
+    def reopen(self) -> None:
+        """Forgets a save that has failed, and clears away what it left."""
+        self.manager = ocp.CheckpointManager(self.folder, options=self.options)
 
     def close(self) -> None:
         """Waits for the last save; raises if it failed."""

@@ -5,7 +5,6 @@ dataclasses and rejects what it does not know, naming the nearest field.
 """
 
 import dataclasses
-import difflib
 import keyword
 import math
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 import ml_collections
 
 from depthlm_jax import files
+from depthlm_jax.config_errors import bad_value, unknown_key
 from depthlm_jax.errors import InputError
 
 
@@ -152,6 +152,16 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Faults:
+    """When a run stops, so that a scheduler may start it again, instead of going on or waiting."""
+
+    skipped_steps: int = 5  # in a row, that changed nothing because loss or gradient was not finite
+    failed_saves: int = 3  # in a row
+    silent_seconds: int = 1800  # without progress of a process; 0: it may wait for ever
+    start_seconds: int = 600  # that processes wait for each other when they connect
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
     source: Source = Source()
     task: str = "distance"
@@ -179,6 +189,7 @@ class Config:
     train: Train = Train()
     eval: Eval = Eval()
     mesh: Mesh = Mesh()
+    faults: Faults = Faults()
 
 
 TASKS = tuple(field.name for field in dataclasses.fields(Tasks))
@@ -210,12 +221,13 @@ COUNTS = (
     "data.reference.scale", "data.reference.questions", "data.global_batch_rows", "data.max_tokens",
     "data.max_patches", "data.max_answer_tokens", "train.max_steps", "train.save_steps", "train.logging_steps",
     "eval.samples", "eval.batch_rows", "eval.max_new_tokens", "model.lora.rank", "model.unroll",
+    "faults.skipped_steps", "faults.failed_saves", "faults.start_seconds",
 )  # fmt: skip
 AMOUNTS = (
     "model.seed", "train.seed", "eval.seed", "data.max_bad_records", "data.read_threads", "data.prefetch_rows",
     "data.geometry.focal_px", "train.digit_weight", "optim.learning_rate", "optim.weight_decay", "data.workers",
     "data.mixture.size_cap", "data.sources.*.weight", "model.lora.alpha", "train.gradient_accumulation_steps",
-    "mesh.replica", "optim.groups.*.factor",
+    "mesh.replica", "optim.groups.*.factor", "faults.silent_seconds",
 )  # fmt: skip
 RANGES = {  # of numbers, both ends included
     **dict.fromkeys(COUNTS, COUNT),
@@ -261,7 +273,7 @@ def _check_named(path: str, table: dict) -> None:
                 expected=f"letters, digits and _, no digit first: it is part of --config.{path}.NAME.…",
             )  # fmt: skip
         if not isinstance(fields, dict):
-            raise _bad_value(f"{path}.{name}", f"{fields!r} of type {type(fields).__name__}", "a dict of its fields")
+            raise bad_value(f"{path}.{name}", f"{fields!r} of type {type(fields).__name__}", "a dict of its fields")
 
 
 def parse(recipe: ml_collections.ConfigDict) -> Config:
@@ -304,7 +316,7 @@ def _check_answers(settings: Eval) -> None:
 
 def _parse_section(section: type, values: dict, path: str):
     if type(values) is not dict:
-        raise _bad_value(path.rstrip("."), f"{values!r} of type {type(values).__name__}", "a section")
+        raise bad_value(path.rstrip("."), f"{values!r} of type {type(values).__name__}", "a section")
     known = typing.get_type_hints(section)
     for name in values:
         if name not in known:
@@ -324,7 +336,7 @@ def _parse_value(kind, value, path: str):
     if typing.get_origin(kind) is dict:
         least = ", at least one" if path == "data.sources" else ""
         if type(value) is not dict or (least and not value):
-            raise _bad_value(path, f"{value!r} of type {type(value).__name__}", f"named sections{least}")
+            raise bad_value(path, f"{value!r} of type {type(value).__name__}", f"named sections{least}")
         section = typing.get_args(kind)[1]
         _check_named(path, value)
         return {name: _parse_section(section, fields, f"{path}.{name}.") for name, fields in value.items()}
@@ -333,13 +345,13 @@ def _parse_value(kind, value, path: str):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise _bad_value(path, f"{value!r} of type {type(value).__name__}", kind.__name__)
+        raise bad_value(path, f"{value!r} of type {type(value).__name__}", kind.__name__)
     rule = re.sub(rf"^({'|'.join(NAMED)})\.[^.]+", r"\1.*", path)
     if rule in CHOICES and value not in CHOICES[rule]:
-        raise _bad_value(path, repr(value), " or ".join(CHOICES[rule]))
+        raise bad_value(path, repr(value), " or ".join(CHOICES[rule]))
     low, high = RANGES.get(rule, (-math.inf, math.inf))
     if isinstance(value, (int, float)) and not low <= value <= high:
-        raise _bad_value(path, value, f"{low} to {high}")
+        raise bad_value(path, value, f"{low} to {high}")
     return value
 
 
@@ -348,33 +360,8 @@ def _parse_range(kind: type, value, path: str) -> tuple:
     fits = isinstance(value, (tuple, list)) and len(value) == 2 and {type(v) for v in value} <= {int, kind}
     low, numbers = (0, "two whole numbers") if kind is int else (0.1, "two numbers")
     if not (fits and low <= value[0] <= value[1] < math.inf):
-        raise _bad_value(path, value, f"{numbers} (smallest, largest), {low} ≤ smallest ≤ largest")
+        raise bad_value(path, value, f"{numbers} (smallest, largest), {low} ≤ smallest ≤ largest")
     return tuple(kind(v) for v in value)
-
-
-def unknown_key(path: str, known: list[str]) -> InputError:
-    """Returns the error for a config path that is no field.
-
-    Args:
-      path: what was given.
-      known: paths of fields; the nearest one is proposed, those in the section nearest to `path` are listed.
-    """
-    parts = path.split(".")
-    sections = [".".join(parts[:end]) + "." for end in range(len(parts), 0, -1)] + [""]
-    section = next(section for section in sections if any(field.startswith(section) for field in known))
-    depth = section.count(".") + 1
-    inside = [field for field in known if field.startswith(section)]
-    siblings = sorted({".".join(field.split(".")[:depth]) for field in inside})
-    is_section = section == f"{path}."
-    nearest = difflib.get_close_matches(path, inside if is_section else known, n=1, cutoff=0.0)
-    return InputError(
-        f"config: unknown field {path!r}", found="a section" if is_section else path,
-        expected=f"one of {siblings}", fix=f"did you mean {nearest[0]!r}?",
-    )  # fmt: skip
-
-
-def _bad_value(path: str, found: object, expected: str) -> InputError:
-    return InputError(f"config: bad value of {path}", found=found, expected=expected, fix=f"set --config.{path}=…")
 
 
 def flatten(config: Config) -> dict[str, object]:

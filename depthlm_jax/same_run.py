@@ -8,7 +8,7 @@ MIXTURE = ("data.sources", "data.mixture")  # may be changed on the way
 FREE_TO_CHANGE = (
     *MIXTURE, "mesh", "eval", "model.attention", "model.remat", "model.unroll", "train.gradient_accumulation_steps",
     "train.compilation_cache", "train.save_steps", "train.logging_steps", "data.workers", "data.read_threads",
-    "data.prefetch_rows", "data.max_bad_records",
+    "data.prefetch_rows", "data.max_bad_records", "faults",
 )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from depthlm_jax import checkpoint
-from depthlm_jax.config import Config
 from depthlm_jax.errors import InputError
 
 PARAMETERS = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
@@ -21,7 +20,7 @@ ABSTRACT = jax.tree.map(
 
 def save(checkpoints: checkpoint.Checkpoints, step: int) -> None:
     scaled = jax.tree.map(lambda x: x * step, PARAMETERS)
-    checkpoints.save(step, scaled, scaled, {"step": step}, Config())
+    checkpoints.save(step, scaled, scaled, {"step": step})
 
 
 @pytest.fixture
@@ -118,7 +117,7 @@ print(peak() - before)
 def test_memory_is_that_of_one_parameter(tmp_path):
     large = {str(i): jnp.full((8, 1024, 1024), i, jnp.float32) for i in range(6)}
     checkpoints = checkpoint.Checkpoints(tmp_path)
-    checkpoints.save(1, {"m": large, "small": jnp.ones(2)}, {"count": jnp.zeros(1)}, {}, Config())
+    checkpoints.save(1, {"m": large, "small": jnp.ones(2)}, {"count": jnp.zeros(1)}, {})
     checkpoints.close()
     command = [sys.executable, "-c", READ_ALL, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from depthlm_jax import config as config_module
-from depthlm_jax import same_run
+from depthlm_jax import config_errors, same_run
 from depthlm_jax.config import Config, default_config, parse
 from depthlm_jax.errors import InputError
 
@@ -137,7 +137,7 @@ def test_a_source_that_is_only_a_path_is_named():
     ],
 )
 def test_an_unknown_field_lists_the_nearest_section_only(path, listed, nearest):
-    text = str(config_module.unknown_key(path, ["a.b.row", "a.b.cow", "a.x", "e"]))
+    text = str(config_errors.unknown_key(path, ["a.b.row", "a.b.cow", "a.x", "e"]))
     assert f"expected: one of {listed}\n" in text
     assert f"did you mean {nearest!r}?" in text
     assert ("found:    a section" in text) == (path == "a.b")

@@ -139,7 +139,7 @@ def test_every_kernel_is_divided_among_all_devices(train):
 def test_a_checkpoint_moves_to_another_mesh(train, scenes, tmp_path, sizes):
     saved, target = train(2, 2, 2).state, train(*sizes).trainer
     checkpoints = checkpoint.Checkpoints(tmp_path)
-    checkpoints.save(STEPS, saved.parameters, saved.optimizer, {"step": STEPS}, worlds.config(scenes, CHANGES))
+    checkpoints.save(STEPS, saved.parameters, saved.optimizer, {"data": {"step": STEPS}})
     checkpoints.close()
     abstract = target.abstract
     restored = checkpoint.Checkpoints(tmp_path).restore(STEPS, abstract.parameters, abstract.optimizer)

@@ -5,9 +5,7 @@ Two processes find each other through the variables that SLURM sets, as `srun` w
 
 import dataclasses
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,70 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import worlds
+from launching import ROOT, Start, finish, free_port, start, write_recipe
 
 from depthlm_jax import run as runs
 from depthlm_jax import tree
 from depthlm_jax.config import Mesh
 
-ROOT = Path(__file__).parents[1]
 STEPS = 10
+CHANGES = {"train.max_steps": STEPS, "train.save_steps": 5, "optim.learning_rate": 1e-3, "optim.adam_eps": 1e-5}
 TOLERANCE = 1e-5  # relative: of a loss; of the largest entry of a parameter
-RECIPE = """
-from pathlib import Path
-import worlds
-
-def get_config(arg=""):
-    recipe = worlds.recipe(Path("{scenes}"), {{"train.max_steps": {steps}, "train.save_steps": 5,
-                                              "optim.learning_rate": 1e-3, "optim.adam_eps": 1e-5}})
-    recipe.mesh.update({mesh})
-    return recipe
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """How a run is started; `slurm`: its processes are to find each other."""
-
-    processes: int
-    devices: int  # of each
-    mesh: Mesh
-    slurm: bool = False
-
-    def __str__(self) -> str:
-        names = "-".join(f"{name}{size}" for name, size in dataclasses.asdict(self.mesh).items() if size > 1)
-        return f"{self.processes}x{self.devices}-{names}" + "-slurm" * self.slurm
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def start(recipe: Path, workdir: Path, how: Start, number: int, port: int) -> subprocess.Popen:
-    slurm = {
-        "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(how.processes),
-        "SLURM_STEP_NUM_TASKS": str(how.processes), "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number),
-    }  # fmt: skip
-    environment = {
-        **os.environ, **(slurm if how.slurm else {}), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={how.devices}",
-    }  # fmt: skip
-    arguments = [f"--config={recipe}", f"--workdir={workdir}"]
-    if how.slurm:
-        arguments += ["--distributed"]
-    elif how.processes > 1:
-        arguments += [f"--coordinator=localhost:{port}", f"--processes={how.processes}", f"--process={number}"]
-    command = [sys.executable, "-m", "depthlm_jax", "train", *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(processes: list[subprocess.Popen]) -> list[str]:
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(o[-3000:] for o in outputs)
-    return outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +38,7 @@ def train(scenes, tmp_path_factory):
 
     def run(how: Start) -> Trained:
         folder = tmp_path_factory.mktemp("run")
-        recipe, port = folder / "recipe.py", free_port()
-        recipe.write_text(RECIPE.format(scenes=scenes, steps=STEPS, mesh=dataclasses.asdict(how.mesh)))
-        workdir = folder / "run"
+        recipe, port, workdir = write_recipe(folder, scenes, how.mesh, CHANGES), free_port(), folder / "run"
         outputs = finish([start(recipe, workdir, how, number, port) for number in range(how.processes)])
         losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         _, parameters = runs.trained_parameters(runs.reopen(workdir))

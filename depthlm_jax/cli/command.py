@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from depthlm_jax import config as config_module
+from depthlm_jax import config_errors
 from depthlm_jax.errors import InputError
 
 PROGRAM = "python -m depthlm_jax"
@@ -162,7 +163,7 @@ def _check_override(path: str, recipe: ml_collections.ConfigDict) -> None:
     field = re.sub(r"(\[[^]]*])+$", "", path)  # an item of a list
     known = list(_fields(recipe, ""))
     if field not in known:
-        raise config_module.unknown_key(field, known)
+        raise config_errors.unknown_key(field, known)
 
 
 def _fields(section: ml_collections.ConfigDict, path: str) -> Iterator[str]:

@@ -1,9 +1,12 @@
 """train: fine-tune, continuing where the workdir stopped."""
 
+import time
+from pathlib import Path
+
 import jax
 from absl import flags
 
-from depthlm_jax import compiler, log, sharding, tree
+from depthlm_jax import compiler, files, lock, log, sharding, tree, watchdog
 from depthlm_jax import config as config_module
 from depthlm_jax import run as runs
 from depthlm_jax.cli import command
@@ -11,7 +14,10 @@ from depthlm_jax.data import pipeline
 from depthlm_jax.data.records import Records
 from depthlm_jax.errors import InputError
 from depthlm_jax.eval import report
-from depthlm_jax.train import loop
+from depthlm_jax.train import goodput, loop
+
+SPARE_SECONDS = 60
+HEARTBEAT_SECONDS = 100  # without which a process is taken for dead, and the others end
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -27,11 +33,27 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> dict:
-    config, workdir = command.read_config(values), command.read_path(values, "workdir")
-    connect(values)
+    config, workdir, began = command.read_config(values), command.read_path(values, "workdir"), time.time()
+    connect(values, workdir, config.faults.start_seconds)
+    watch = watchdog.Watchdog(workdir, jax.process_index(), jax.process_count(), config.faults.silent_seconds)
+    try:
+        return train(config, workdir, watch, began)
+    finally:
+        watch.close()
+
+
+def train(config: config_module.Config, workdir: Path, watch: watchdog.Watchdog, began: float) -> dict:
+    """Returns the last step of the run of a workdir; begins it, or goes on."""
     compiler.keep_programs(config.train.compilation_cache)
     sources = _open_in_turn(config)
     runs.check_same_data(sources)
+    held: list = []  # by process 0, until it ends
+
+    def hold() -> None:
+        files.make_writable(workdir)
+        held.append(lock.hold(workdir))
+
+    runs.process_0_first(hold, f"{workdir} could not be had")
     this = runs.open_run(config, workdir)
     rows = sharding.host_rows(this.mesh, config.data.global_batch_rows)
     batches = pipeline.training_batches(sources, this.processor, config, rows)
@@ -44,15 +66,16 @@ def run(values: flags.FlagValues) -> dict:
     )
     for name, records in sources.items():
         log.say(f"source {name}: {len(records):,} records, {config.data.sources[name].path}")
-    state = loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this))
+    state = loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this), watch, began)
     if jax.process_index() == 0:
         report.loss_curve(log.Journal(workdir).read(), workdir / "loss.png")
         log.say(f"loss curve: {workdir / 'loss.png'}")
+        log.say(goodput.text(goodput.summary(workdir / "goodput.jsonl")))
     return {"step": int(state.step), "workdir": str(workdir)}
 
 
-def connect(values: flags.FlagValues) -> None:
-    """Connects the processes of a run, if there are several.
+def connect(values: flags.FlagValues, workdir: Path, seconds: int) -> None:
+    """Connects the processes of a run, if there are several; ends after so many seconds, naming who did not come.
 
     Raises:
       UsageError: only some of the flags that belong together.
@@ -66,14 +89,22 @@ def connect(values: flags.FlagValues) -> None:
         return
     if all(said) and values.process >= values.processes:
         raise command.UsageError(f"--process={values.process} is not one of {values.processes}, counted from 0")
+    watch = watchdog.Watchdog(workdir, values.process, values.processes, seconds)
+    watch.waits_for("the other processes to connect")
     try:
-        jax.distributed.initialize(*(given if all(said) else ()))
+        # JAX ends the process without a name of who is missing: the watch comes first
+        jax.distributed.initialize(
+            *(given if all(said) else ()), initialization_timeout=seconds + SPARE_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=seconds,
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise InputError(
             "the processes could not be connected", found=str(error).splitlines()[0],
             expected="a TPU slice, SLURM, Kubernetes or Open MPI, which say who is there",
             fix="elsewhere give --coordinator=HOST:PORT --processes=N --process=I",
         ) from error  # fmt: skip
+    finally:
+        watch.close()
 
 
 def _open_in_turn(config: config_module.Config) -> dict[str, Records]:

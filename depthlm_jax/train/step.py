@@ -41,6 +41,7 @@ def make_train_step(
     """Returns step(state, batch) → (state, metrics); the caller jits it with shardings and donation.
 
     The loss is Σ ÷ Σ: weighted cross-entropies and weights are summed over micro-batches and devices and divided once.
+    Where the loss or the norm of the gradient is not finite, the step changes nothing but its number.
 
     Args:
       logits: (parameters, batch) → logits_BAV.
@@ -84,14 +85,18 @@ def make_train_step(
         sums, gradient = add_up(trained, frozen, batch)
         weight = jnp.maximum(sums["weight"], 1e-9)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, trained)
+        updates, moments = optimizer.update(gradient, state.optimizer, trained)
+        loss, grad_norm = sums["loss"] / weight, optax.tree.norm(gradient)
+        sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         metrics = {
-            "loss": sums["loss"] / weight,
+            "loss": loss,
             "mean_token_accuracy": sums["right"] / jnp.maximum(sums["tokens"], 1),
             "num_tokens": sums["tokens"],
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": grad_norm,
+            "sound": sound,
         }
-        parameters = parameter_groups.join(optax.apply_updates(trained, updates), frozen)
-        return State(state.step + 1, parameters, optimizer_state), metrics
+        new, old = (optax.apply_updates(trained, updates), moments), (trained, state.optimizer)
+        trained, moments = jax.tree.map(lambda after, before: jnp.where(sound, after, before), new, old)
+        return State(state.step + 1, parameter_groups.join(trained, frozen), moments), metrics
 
     return step

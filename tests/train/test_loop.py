@@ -24,7 +24,7 @@ from depthlm_jax.data import pipeline, plan
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import registry
 from depthlm_jax.models.execution import Execution
-from depthlm_jax.train import loop, step
+from depthlm_jax.train import loop, optim, step
 
 STEPS = {"train.max_steps": 12, "train.save_steps": 4, "train.logging_steps": 1}
 TIMES = ("samples_per_second", "tokens_per_second", "tflops_per_second_per_device", "data_wait")
@@ -248,15 +248,85 @@ def test_a_checkpoint_of_another_config_is_refused_though_config_json_is_gone(wo
     assert "optim.learning_rate: 0.01 there, 0.5 here" in str(error.value)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(world, tmp_path):
-    def broken() -> dict:
-        return jax.tree.map(lambda x: x * np.nan, world.first_parameters())
+class Poisoned(Watched):
+    """Batches that are not numbers at some steps."""
 
-    config = dataclasses.replace(world.config, train=dataclasses.replace(world.config.train, save_steps=1))
-    with pytest.raises(InputError, match="step 1: the loss is not a number"):
-        loop.run(world.trainer, config, tmp_path, world.batches(), broken)
-    assert checkpoint.Checkpoints(tmp_path).latest_step is None
-    assert log.Journal(tmp_path).read() == []
+    def __init__(self, batches: pipeline.Batches, steps: set[int]):
+        super().__init__(batches)
+        self.steps = steps
+
+    def __next__(self) -> pipeline.Rows:
+        rows = super().__next__()
+        if self.get_state()["step"] in self.steps:
+            rows.arrays["weights_BA"] = np.where(rows.arrays["weights_BA"] > 0, np.inf, 0).astype(np.float32)
+        return rows
+
+
+class Without(Watched):
+    """Batches that leave out that of a step."""
+
+    def __next__(self) -> pipeline.Rows:
+        if self.get_state()["step"] + 1 == self.stop_at:
+            next(self.batches)
+        return next(self.batches)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told(world, tmp_path, capsys):
+    state = world.train(tmp_path, Poisoned(world.batches(), {3}))
+    fewer = dataclasses.replace(world.config, train=dataclasses.replace(world.config.train, max_steps=11))
+    other = loop.run(world.trainer, fewer, tmp_path / "without", Without(world.batches(), 3), world.first_parameters)
+    pairs = zip(jax.tree.leaves(state[1:]), jax.tree.leaves(other[1:]), strict=True)
+    for one, without in pairs:
+        np.testing.assert_array_equal(one, without)
+    journal = {record["step"]: record for record in log.Journal(tmp_path).read()}
+    assert journal.keys() == set(range(1, 13)) - {3}
+    schedule = optim.make_schedule(world.config.optim, 12)
+    assert [record["learning_rate"] for record in journal.values()] == [float(schedule(n)) for n in range(11)]
+    assert [journal[step]["steps_skipped"] for step in (2, 4, 12)] == [0, 1, 1]
+    (line,) = (tmp_path / "faults" / "skipped.process-0.jsonl").read_text().splitlines()
+    skipped = json.loads(line)
+    assert skipped["step"] == 3 and skipped["loss"] == "nan" and len(skipped["record_ids"]) >= 8
+    assert f"step 3 skipped, it is number 1: loss nan · grad_norm nan; samples {skipped['record_ids'][0]}, " in (
+        capsys.readouterr().out
+    )
+
+
+def test_after_some_such_steps_in_a_row_the_run_stops_and_keeps_the_rows(world, tmp_path):
+    with pytest.raises(InputError, match="step 10: 5 steps in a row changed nothing") as error:
+        world.train(tmp_path, Poisoned(world.batches(), {2, *range(6, 13)}))
+    assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == 4  # that of step 8 would be no better
+    file = tmp_path / "faults" / "step-10.process-0.npz"
+    assert f"train --replay={file}" in str(error.value)
+    with np.load(file) as kept:
+        assert kept["tokens_BT"].shape[0] == 8 and np.isinf(kept["weights_BA"]).any() and len(kept["record_ids"]) >= 8
+    world.train(tmp_path, Watched(world.batches()))  # it goes on from step 4
+    assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == 12
+
+
+def test_a_save_that_is_due_in_such_a_step_is_made_at_the_next_sound_one(world, tmp_path):
+    def interrupt():
+        raise Interrupted
+
+    batches = Poisoned(world.batches(), {4, 5})
+    batches.stop_at, batches.interrupt = 8, interrupt
+    with pytest.raises(Interrupted):
+        world.train(tmp_path, batches)
+    assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == 6
+
+
+def test_sigterm_saves_and_ends_in_order_and_the_next_start_goes_on(world, whole, tmp_path, capsys):
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    state = world.train(tmp_path, Watched(world.batches(), STOP_AT, terminate))
+    stopped = int(state.step)
+    assert stopped in (STOP_AT - 1, STOP_AT)
+    assert f"stopped by SIGTERM after step {stopped}/12, which is saved" in capsys.readouterr().out
+    again = result(world, tmp_path, Watched(world.batches()))
+    assert again.record_ids == whole.record_ids[stopped:]
+    assert_same_leaves(again.leaves, whole.leaves)
+    assert without_times(again.journal) == without_times(whole.journal)
 
 
 def test_a_damaged_journal_is_named_and_an_unfinished_line_cut(tmp_path):

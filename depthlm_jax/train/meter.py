@@ -1,0 +1,141 @@
+"""What a run tells of its steps: metrics, rates, dropped records, steps that changed nothing."""
+
+import collections
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from depthlm_jax import chips, log, sharding
+from depthlm_jax import config as config_module
+from depthlm_jax.errors import InputError
+from depthlm_jax.models import flops
+from depthlm_jax.train import optim
+from depthlm_jax.train.goodput import Ledger
+from depthlm_jax.train.skips import Skips
+from depthlm_jax.watchdog import Watchdog
+
+
+class Meter:
+    """Metrics of a step are fetched after the next step was dispatched, so that the device never waits."""
+
+    def __init__(
+        self, config: config_module.Config, workdir: Path, first_step: int, trainer, skips: Skips, ledger: Ledger,
+        watch: Watchdog,
+    ):  # fmt: skip
+        self.config, self.first_step, self.trainer = config, first_step, trainer
+        self.journal, self.skips, self.ledger, self.watch = log.Journal(workdir), skips, ledger, watch
+        # Counts are of this host's rows; other hosts' are taken to be like them.
+        self.rows = len(sharding.host_rows(trainer.mesh, config.data.global_batch_rows))
+        self.hosts = config.data.global_batch_rows / self.rows
+        device = trainer.mesh.devices.flat[0]
+        self.chip = chips.chip_of(device.device_kind)
+        self.schedule = optim.make_schedule(config.optim, config.train.max_steps)
+        self.pending: tuple[int, dict, object] | None = None
+        self.samples, self.steps, self.used, self.work, self.waited = 0, 0, (0, 0), collections.Counter(), 0.0
+        self.dropped = collections.Counter()  # samples that were not made though their record is sound, by the reason
+        self.sources = collections.Counter()  # samples of each source since the last line
+        self.bad: dict[str, str] = {}  # what is wrong, by record: the same one is met again in the next epoch
+        self.start = self.since = time.monotonic()
+
+    def load(self, batches: Iterator) -> tuple:
+        """Returns this host's next rows, and all rows on their way to the mesh; notes the time it took."""
+        start = time.monotonic()
+        self.watch.waits_for("data")
+        with self.ledger.spend("data"):
+            rows = next(batches)
+            placed = sharding.put_batch(self.trainer.mesh, rows.arrays, self.config.data.global_batch_rows)
+        self.waited += time.monotonic() - start
+        return rows, placed
+
+    def add(self, number: int, metrics: dict, rows) -> None:
+        """Takes the metrics of a step, still on the device, and this host's rows of it."""
+        self.flush()
+        self.pending = number, metrics, rows
+
+    def flush(self) -> None:
+        """Waits for the pending step and writes its line if it is due."""
+        if self.pending is None:
+            return
+        (number, metrics, rows), self.pending = self.pending, None
+        about = rows.about
+        self.watch.waits_for(f"the devices, step {number}")
+        self.samples += len(about.record_ids)
+        self.work.update(about.work)
+        self.steps += 1
+        self.sources.update(about.sources)
+        self.used = tuple(sum(pair) for pair in zip(self.used, about.used, strict=False))
+        if not metrics["num_tokens"]:
+            raise InputError(
+                f"step {number}: no sample at all", found=dict(self.dropped.most_common(3)),
+                expected="records that the tasks of the config can be asked about",
+                fix="give other sources, data.tasks or crops; preview shows what is dropped and why",
+            )  # fmt: skip
+        if not metrics["sound"]:
+            self.skips.count(number, {name: float(metrics[name]) for name in ("loss", "grad_norm")}, rows)
+            return
+        self.skips.in_a_row = 0
+        every, last = self.config.train.logging_steps, self.config.train.max_steps
+        if number % every == 0 or number in (self.first_step + 1, last):
+            self._report(number, {name: float(value) for name, value in metrics.items() if name != "sound"})
+
+    def _report(self, number: int, values: dict[str, float]) -> None:
+        now, last = time.monotonic(), self.config.train.max_steps
+        values["learning_rate"] = float(self.schedule(number - 1 - self.skips.total))
+        values |= self._speeds(now - self.since)
+        values |= {"samples_dropped": self.dropped.total(), "steps_skipped": self.skips.total}
+        values |= self._data_values()
+        self.samples, self.work, self.waited, self.since = 0, collections.Counter(), 0.0, now
+        self.ledger.write(number)
+        if jax.process_index() == 0:
+            self.journal.write(number, values)
+            left = (now - self.start) / (number - self.first_step) * (last - number)
+            log.say(
+                f"step {number}/{last} · loss {values['loss']:.4f} · token accuracy "
+                f"{values['mean_token_accuracy']:.3f} · {values['samples_per_second']:.1f} samples/s · "
+                + (f"{values['mfu']:.1%} MFU · " if "mfu" in values else "")
+                + f"{log.clock(left)} left"
+            )
+
+    def _speeds(self, seconds: float) -> dict[str, float]:
+        """Returns rates since the last line: of all devices together, operations of one."""
+        useful = self.hosts * flops.of_work(self.work, self.trainer.operations) / seconds / self.trainer.mesh.size
+        values = {
+            "samples_per_second": self.hosts * self.samples / seconds,
+            "tokens_per_second": self.hosts * self.work["tokens"] / seconds,
+            "tflops_per_second_per_device": useful / chips.TERA,
+            "data_wait": self.waited / seconds,
+        }
+        return values | ({"mfu": useful / self.chip.flops_s} if self.chip else {})
+
+    def _data_values(self) -> dict[str, float]:
+        """Returns how full the rows were, and each source's share of the samples, since the last line."""
+        data = self.config.data
+        slots = self.steps * self.rows
+        limits = data.max_tokens, data.max_patches
+        filled = (used / slots / limit for used, limit in zip(self.used, limits, strict=True))
+        values = dict(zip(("filled_tokens", "filled_patches"), filled, strict=True))
+        total = max(1, self.sources.total())
+        on = sorted(name for name, source in data.sources.items() if source.weight > 0)
+        values |= {f"share/{name}": self.sources[name] / total for name in on}
+        self.steps, self.used, self.sources = 0, (0, 0), collections.Counter()
+        return values
+
+    def count_dropped(self, dropped) -> None:
+        """Logs the records that gave no sample; raises InputError beyond data.max_bad_records unreadable ones."""
+        limit = self.config.data.max_bad_records
+        self.dropped.update(drop.reason for drop in dropped if not drop.bad)
+        for drop in dropped:
+            if not drop.bad or drop.record_id in self.bad:
+                continue
+            self.bad[drop.record_id] = drop.reason.splitlines()[0].rpartition(": ")[2]
+            log.say(f"skipped bad record number {len(self.bad)}: {drop.reason}")
+            if len(self.bad) > limit:
+                kinds = collections.Counter(self.bad.values()).most_common()
+                raise InputError(
+                    f"{len(self.bad)} bad records, the last one is {drop.reason.splitlines()[0]}",
+                    found=", ".join(f"{count} × {kind}" for kind, count in kinds),
+                    expected=f"at most data.max_bad_records={limit}",
+                    fix="correct the records, or allow that many with --config.data.max_bad_records",
+                )  # fmt: skip

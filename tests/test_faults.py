@@ -1,0 +1,233 @@
+"""What pods do to a run, done to real processes: it goes on as if nothing had been, or says why it does not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import Start, finish, free_port, start, write_recipe
+
+from depthlm_jax import log, tree
+from depthlm_jax import run as runs
+from depthlm_jax.config import Mesh
+from depthlm_jax.train import goodput
+
+STEPS = 120
+CHANGES = {"train.max_steps": STEPS, "train.save_steps": 10, "optim.adam_eps": 1e-5, "optim.learning_rate": 1e-3}
+ALONE = Start(1, 1, Mesh(1, 1, 1))
+TWO = Start(2, 1, Mesh(data=2, fsdp=1, tensor=1))
+SECONDS = 180  # that a start may take
+
+
+class Job:
+    """A run that can be started again and again, on any mesh."""
+
+    def __init__(self, folder: Path, scenes: Path, changes: dict | None = None):
+        self.folder, self.scenes, self.workdir = folder, scenes, folder / "run"
+        cache = folder.parent / "programs"
+        self.changes = CHANGES | {"train.compilation_cache": str(cache)} | (changes or {})
+
+    def start(self, how: Start, *more: str, only: list[int] | None = None) -> list[subprocess.Popen]:
+        recipe, port = write_recipe(self.folder, self.scenes, how.mesh, self.changes), free_port()
+        numbers = range(how.processes) if only is None else only
+        return [start(recipe, self.workdir, how, number, port, *more) for number in numbers]
+
+    def losses(self) -> dict[int, float]:
+        return {record["step"]: record["loss"] for record in log.Journal(self.workdir).read()}
+
+    def steps(self) -> int:
+        """Returns how many lines of metrics there are, those of steps that were done again too."""
+        file = self.workdir / "metrics.jsonl"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def await_steps(self, more: int, processes: list[subprocess.Popen]) -> None:
+        before, limit = self.steps(), time.monotonic() + SECONDS
+        while self.steps() < before + more:
+            ended = [process for process in processes if process.poll() is not None]
+            assert not ended and time.monotonic() < limit, [process.communicate()[0][-3000:] for process in ended]
+            time.sleep(0.05)
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        step, parameters = runs.trained_parameters(runs.reopen(self.workdir))
+        assert step == STEPS
+        return {path: np.asarray(value) for path, value in tree.flatten(parameters).items()}
+
+
+@pytest.fixture(scope="module")
+def calm(scenes, tmp_path_factory):
+    """Returns the function Start → the run that nothing has disturbed; made once."""
+    made: dict[str, Job] = {}
+
+    def of(how: Start) -> Job:
+        if str(how) not in made:
+            made[str(how)] = job = Job(tmp_path_factory.mktemp("calm"), scenes)
+            finish(job.start(how))
+        return made[str(how)]
+
+    return of
+
+
+def assert_same(job: Job, calm: Job, tolerance: float = 0.0) -> None:
+    assert job.losses().keys() == calm.losses().keys() == set(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(job.losses().values()), list(calm.losses().values()), rtol=tolerance)
+    ours, theirs = job.parameters(), calm.parameters()
+    for path, value in theirs.items():
+        error = np.abs(ours[path] - value).max() / np.abs(value).max()
+        assert error <= tolerance, f"{path}: {error}"
+
+
+def disturb(job: Job, how: Start, times: int, seed: int) -> dict[str, int]:
+    """Kills the run at random times, in starts and saves too, and lets the last start end; returns what was lost."""
+    chance, lost = random.Random(seed), 0
+    for _ in range(times):
+        processes = job.start(how)
+        if chance.random() < 0.7:
+            job.await_steps(1, processes)
+        time.sleep(chance.uniform(0, 4))
+        for process in processes if chance.random() < 0.5 else processes[:1]:
+            process.kill()
+        for process in processes:
+            process.communicate(timeout=SECONDS)
+    finish(job.start(how))
+    records = job.steps()
+    lost = records - STEPS
+    return {"kills": times, "steps done again": lost}
+
+
+def test_kill_9_at_random_times_changes_nothing(scenes, tmp_path, calm):
+    job = Job(tmp_path, scenes)
+    print(disturb(job, ALONE, times=5, seed=0))
+    assert_same(job, calm(ALONE))
+    left = [file.name for file in (job.workdir / "checkpoints").iterdir()]
+    assert sorted(left) == ["110", "120"]  # and no unfinished one
+    spent = goodput.summary(job.workdir / "goodput.jsonl")
+    assert spent["starts"] >= 2 and spent["lost"] > 0 and spent["compile"] > 0
+
+
+@pytest.mark.slow
+def test_kill_9_fifty_times_changes_nothing(scenes, tmp_path, calm):
+    job = Job(tmp_path, scenes)
+    print(disturb(job, ALONE, times=50, seed=1))
+    assert_same(job, calm(ALONE))
+
+
+def test_sigterm_to_one_of_two_processes_saves_on_both_and_the_next_start_goes_on(scenes, tmp_path, calm):
+    job = Job(tmp_path, scenes)
+    processes = job.start(TWO)
+    job.await_steps(15, processes)
+    began = time.monotonic()
+    processes[1].send_signal(signal.SIGTERM)
+    time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes)
+    seconds = time.monotonic() - began
+    stopped = [line for output in outputs for line in output.splitlines() if "stopped by SIGTERM after step" in line]
+    assert len(stopped) == 2 and len(set(stopped)) == 1, outputs
+    step = int(stopped[0].split("step ")[1].split("/")[0])
+    assert (job.workdir / "checkpoints" / str(step)).is_dir() and step < STEPS
+    assert seconds < 30, seconds
+    finish(job.start(TWO))
+    assert_same(job, calm(TWO))
+    assert job.steps() == STEPS  # no step was done twice
+
+
+def test_a_second_run_on_a_workdir_is_refused_and_does_no_harm(scenes, tmp_path, calm):
+    job = Job(tmp_path, scenes)
+    first = job.start(ALONE)
+    job.await_steps(1, first)
+    (second,) = job.start(ALONE)
+    output = second.communicate(timeout=SECONDS)[0]
+    assert second.returncode == 1 and f"{job.workdir}: another run trains here" in output
+    assert f"found:    process {first[0].pid} on " in output and "Traceback" not in output
+    finish(first)
+    assert_same(job, calm(ALONE))
+
+
+def test_a_process_that_never_comes_is_named(scenes, tmp_path):
+    job = Job(tmp_path, scenes, {"faults.start_seconds": 8})
+    processes = job.start(Start(3, 1, Mesh(data=3, fsdp=1, tensor=1)), only=[0, 1])
+    outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    for number, output in enumerate(outputs):
+        assert f"error: process {number}: no progress for " in output
+        assert "waiting for the other processes to connect" in output
+        assert "process 2: missing, nothing is heard of it" in output
+
+
+def test_a_process_that_hangs_ends_the_run_and_is_named(scenes, tmp_path):
+    """SIGSTOP: it neither works nor dies."""
+    job = Job(tmp_path, scenes, {"faults.silent_seconds": 15, "train.max_steps": 100_000})
+    working, hanging = processes = job.start(TWO)
+    try:
+        job.await_steps(3, processes)
+        hanging.send_signal(signal.SIGSTOP)
+        output = working.communicate(timeout=SECONDS)[0]
+    finally:
+        hanging.kill()
+        hanging.communicate()
+    assert working.returncode == 1, output[-3000:]
+    assert "error: process 0: no progress for" in output and "waiting for the devices, step" in output
+    assert "process 1: missing, nothing is heard of it" in output
+    assert "Thread 0x" in output and "loop.py" in output  # the stacks
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(scenes, tmp_path, calm):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", disk], capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        job = Job(tmp_path, scenes, {"faults.failed_saves": 1000})
+        job.workdir = disk / "run"
+        processes = job.start(ALONE)
+        job.await_steps(15, processes)
+        filler = disk / "filler"
+        with filler.open("wb") as out:
+            try:
+                while True:
+                    out.write(bytes(2**16))
+                    out.flush()
+            except OSError:
+                pass
+        time.sleep(3)
+        filler.unlink()
+        (output,) = finish(processes)
+        assert "SAVE FAILED, number 1 in a row" in output, output[-3000:]
+        assert_same(job, calm(ALONE))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+MESHES = [
+    Start(4, 1, Mesh(data=4, fsdp=1, tensor=1)), Start(2, 2, Mesh(data=1, fsdp=4, tensor=1)),
+    Start(1, 8, Mesh(data=1, fsdp=8, tensor=1)), Start(1, 8, Mesh(data=2, fsdp=2, tensor=2)),
+    Start(1, 8, Mesh(data=8, fsdp=1, tensor=1)), ALONE,
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_meshes_and_host_counts(scenes, tmp_path, calm):
+    job = Job(tmp_path, scenes)
+    for how in MESHES[:-1]:
+        processes = job.start(how)
+        job.await_steps(15, processes)
+        processes[0].send_signal(signal.SIGTERM)
+        finish(processes)
+    finish(job.start(MESHES[-1]))
+    assert_same(job, calm(ALONE), tolerance=1e-5)
+
+
+def test_the_ledger_adds_up(calm):
+    job = calm(ALONE)
+    lines = [json.loads(line) for line in (job.workdir / "goodput.jsonl").read_text().splitlines()]
+    assert len({line["began"] for line in lines}) == 1 and lines[-1]["step"] == STEPS
+    spent = goodput.summary(job.workdir / "goodput.jsonl")
+    assert spent["lost"] == 0 and spent["starts"] == 1
+    assert sum(spent[kind] for kind in goodput.SPENT) == pytest.approx(sum(lines[-1]["seconds"].values()))
+    assert "goodput over 1 start: start " in goodput.text(spent)
