@@ -1,6 +1,7 @@
 """Files that a user may have damaged, and folders that may not be writable: errors that say so."""
 
 import json
+import os
 from pathlib import Path
 
 from depthlm_jax.errors import InputError
@@ -36,3 +37,31 @@ def make_writable(folder: Path) -> None:
             f"{folder}: cannot be written", found=error, expected="a folder that this user can write",
             fix="give another folder, or change its permissions",
         ) from error  # fmt: skip
+
+
+class Lines:
+    """JSON lines that are added to a file; those that the disk does not take are kept until it does."""
+
+    def __init__(self, file: Path):
+        self.file, self.waiting = file, b""
+        self._cut_unfinished()
+
+    def _cut_unfinished(self) -> None:
+        """A process killed while it wrote leaves half a line, which the next one would be glued to."""
+        if self.file.exists():
+            text = self.file.read_bytes()
+            if not text.endswith(b"\n"):
+                os.truncate(self.file, text.rfind(b"\n") + 1)
+
+    def add(self, values: dict) -> None:
+        """Writes a line, after those that wait, whole or not at all."""
+        self.waiting += json.dumps(values).encode() + b"\n"
+        try:
+            size = self.file.stat().st_size if self.file.exists() else 0
+            with self.file.open("ab", buffering=0) as out:
+                if out.write(self.waiting) < len(self.waiting):
+                    os.truncate(self.file, size)
+                    return
+        except OSError:  # a disk that is full or gone is told of where a save fails
+            return
+        self.waiting = b""

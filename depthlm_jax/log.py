@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from depthlm_jax import files
 from depthlm_jax.errors import InputError
 
 LINE_SECONDS = 5.0  # between two progress lines of a long loop
@@ -51,18 +52,10 @@ class Journal:
 
     def __init__(self, workdir: Path):
         self.file = Path(workdir) / "metrics.jsonl"
-        self._cut_unfinished_line()
-
-    def _cut_unfinished_line(self) -> None:
-        """A process killed while it wrote leaves half a line, which the next record would be glued to."""
-        if self.file.exists():
-            text = self.file.read_bytes()
-            if not text.endswith(b"\n"):
-                self.file.write_bytes(text[: text.rfind(b"\n") + 1])
+        self.lines = files.Lines(self.file)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        with self.file.open("a") as out:
-            out.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.lines.add({"step": step, **metrics})
 
     def read(self) -> list[dict]:
         """Returns the records; of a step that was written twice (before and after a resume), the last."""

@@ -5,11 +5,17 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
+
+from depthlm_jax import log, tree
+from depthlm_jax import run as runs
 from depthlm_jax.config import Mesh
 
 ROOT = Path(__file__).parents[1]
+SECONDS = 180  # that a start may take
 RECIPE = """
 from pathlib import Path
 import worlds
@@ -71,3 +77,41 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(o[-3000:] for o in outputs)
     return outputs
+
+
+class Job:
+    """A run that can be started again and again, on any mesh."""
+
+    def __init__(self, folder: Path, scenes: Path, changes: dict):
+        self.folder, self.scenes, self.workdir = folder, scenes, folder / "run"
+        self.changes = {"train.compilation_cache": str(folder.parent / "programs")} | changes
+
+    def start(self, how: Start, *more: str, only: list[int] | None = None) -> list[subprocess.Popen]:
+        recipe, port = write_recipe(self.folder, self.scenes, how.mesh, self.changes), free_port()
+        numbers = range(how.processes) if only is None else only
+        return [start(recipe, self.workdir, how, number, port, *more) for number in numbers]
+
+    def losses(self) -> dict[int, float]:
+        return {record["step"]: record["loss"] for record in log.Journal(self.workdir).read()}
+
+    def steps(self) -> int:
+        """Returns how many lines of metrics there are, those of steps that were done again too."""
+        file = self.workdir / "metrics.jsonl"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def await_steps(self, more: int, processes: list[subprocess.Popen]) -> None:
+        before, limit = self.steps(), time.monotonic() + SECONDS
+        while self.steps() < before + more:
+            ended = [process for process in processes if process.poll() is not None]
+            assert not ended and time.monotonic() < limit, [process.communicate()[0][-3000:] for process in ended]
+            time.sleep(0.05)
+
+    def errors(self, calm: "Job") -> dict[str, float]:
+        """Returns how far the parameters are from those of another run, relative to the largest of each."""
+        ours, theirs = ({p: np.asarray(v) for p, v in tree.flatten(job._trained()).items()} for job in (self, calm))
+        return {path: float(np.abs(ours[path] - value).max() / np.abs(value).max()) for path, value in theirs.items()}
+
+    def _trained(self) -> dict:
+        step, parameters = runs.trained_parameters(runs.reopen(self.workdir))
+        assert step == self.changes["train.max_steps"]
+        return parameters

@@ -9,6 +9,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from depthlm_jax import files
+
 SPENT = ("start", "compile", "data", "step", "save")  # seconds until the first step; …; waiting for a save
 
 
@@ -16,7 +18,7 @@ class Ledger:
     """Of one start; the process that writes metrics has a file."""
 
     def __init__(self, file: Path | None, step: int, began: float):
-        self.file, self.began, self.seconds = file, began, dict.fromkeys(SPENT, 0.0)
+        self.lines, self.began, self.seconds = file and files.Lines(file), began, dict.fromkeys(SPENT, 0.0)
         self.identity = {"began": began, "from_step": step}
 
     @contextmanager
@@ -31,9 +33,8 @@ class Ledger:
         total = time.time() - self.began
         others = sum(value for kind, value in self.seconds.items() if kind != "step")
         spent = self.seconds | {"step": max(0.0, total - others)}
-        if self.file:
-            with self.file.open("a") as out:
-                out.write(json.dumps(self.identity | {"step": step, "seconds": spent}) + "\n")
+        if self.lines:
+            self.lines.add(self.identity | {"step": step, "seconds": spent})
 
 
 def summary(file: Path) -> dict[str, float]:
@@ -46,7 +47,7 @@ def summary(file: Path) -> dict[str, float]:
     ordered = [starts[began] for began in sorted(starts)]
     for records, following in zip(ordered, [*ordered[1:], None], strict=True):
         kept_until = following[0]["from_step"] if following else records[-1]["step"]
-        kept = max((r for r in records if r["step"] <= kept_until), key=lambda r: r["step"], default=None)
+        kept = next((record for record in reversed(records) if record["step"] <= kept_until), None)
         spent = kept["seconds"] if kept else dict.fromkeys(SPENT, 0.0)
         for kind in SPENT:
             total[kind] += spent[kind]

@@ -1,13 +1,12 @@
 """Steps that changed nothing, because the loss or the gradient was not finite."""
 
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from depthlm_jax import config as config_module
-from depthlm_jax import log
+from depthlm_jax import files, log
 from depthlm_jax.errors import InputError
 
 NAMES = "record_ids"  # of the samples, beside the arrays of a batch that is kept
@@ -29,8 +28,7 @@ class Skips:
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         self.folder.mkdir(exist_ok=True)
         line = {"step": number, **{name: str(value) for name, value in values.items()}, NAMES: rows.about.record_ids}
-        with (self.folder / f"skipped.process-{self.process}.jsonl").open("a") as out:
-            out.write(json.dumps(line) + "\n")
+        files.Lines(self.folder / f"skipped.process-{self.process}.jsonl").add(line)
         said = " · ".join(f"{name} {value}" for name, value in values.items())
         log.say(f"step {number} skipped, it is number {self.total}: {said}; samples {', '.join(rows.about.record_ids)}")
         if self.in_a_row >= self.limit:
