@@ -53,7 +53,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(recipe: Path, workdir: Path, how: Start, number: int = 0, port: int = 0, *more: str) -> subprocess.Popen:
+def start(
+    recipe: Path | None, workdir: Path, how: Start, number: int = 0, port: int = 0, *more: str
+) -> subprocess.Popen:
     slurm = {
         "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(how.processes),
         "SLURM_STEP_NUM_TASKS": str(how.processes), "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number),
@@ -62,7 +64,7 @@ def start(recipe: Path, workdir: Path, how: Start, number: int = 0, port: int = 
         **os.environ, **(slurm if how.slurm else {}), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={how.devices}",
     }  # fmt: skip
-    arguments = [f"--config={recipe}", f"--workdir={workdir}", *more]
+    arguments = [*([f"--config={recipe}"] if recipe else []), f"--workdir={workdir}", *more]
     if how.slurm:
         arguments += ["--distributed"]
     elif how.processes > 1:

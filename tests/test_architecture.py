@@ -22,7 +22,7 @@ LEVELS = (
     ("config", "batch", "tree", "models", "chips", "compiler"),
     ("hf", "parameter_groups", "same_run"),
     ("data.", "models."),
-    ("models.registry", "data.pipeline", "sharding", "log", "checkpoint"),
+    ("models.registry", "data.pipeline", "sharding", "log", "checkpoint", "watchdog", "lock", "environment"),
     ("run",),
     ("train.", "eval."),
     ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench."),

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from launching import SECONDS, Job, Start, finish
+from launching import SECONDS, Job, Start, finish, start
 
 from depthlm_jax.config import Mesh
 from depthlm_jax.train import goodput
@@ -162,6 +162,30 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(scenes, tmp_
         assert_same(job, calm(ALONE))
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_run_is_reproduced_from_its_workdir(scenes, tmp_path, calm):
+    there = calm(ALONE)
+    again = Job(tmp_path, scenes, there.changes)
+    finish([start(None, again.workdir, ALONE, 0, 0, f"--reproduce={there.workdir}")])
+    assert_same(again, there)
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_with_a_word(scenes, tmp_path):
+    job = Job(tmp_path, scenes, CHANGES | {"data.workers": 1, "train.max_steps": 100_000, "faults.silent_seconds": 60})
+    (process,) = job.start(ALONE)
+    job.await_steps(3, [process])
+    for worker in children(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    output = process.communicate(timeout=SECONDS)[0]
+    assert process.returncode == 1, output[-3000:]
+    assert "error: a process that makes rows has died" in output and "exit code -9" in output, output[-3000:]
+    assert "Traceback" not in output
+
+
+def children(pid: int) -> list[int]:
+    text = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in text.splitlines() if "python" in line and "resource_tracker" not in line]
 
 
 MESHES = [

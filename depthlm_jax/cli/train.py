@@ -1,12 +1,13 @@
 """train: fine-tune, continuing where the workdir stopped."""
 
+import json
 import time
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from depthlm_jax import compiler, files, lock, log, sharding, tree, watchdog
+from depthlm_jax import compiler, environment, files, lock, log, sharding, tree, watchdog
 from depthlm_jax import config as config_module
 from depthlm_jax import run as runs
 from depthlm_jax.cli import command
@@ -14,7 +15,7 @@ from depthlm_jax.data import pipeline
 from depthlm_jax.data.records import Records
 from depthlm_jax.errors import InputError
 from depthlm_jax.eval import report
-from depthlm_jax.train import goodput, loop
+from depthlm_jax.train import goodput, loop, replay
 
 SPARE_SECONDS = 60
 HEARTBEAT_SECONDS = 100  # without which a process is taken for dead, and the others end
@@ -23,6 +24,8 @@ HEARTBEAT_SECONDS = 100  # without which a process is taken for dead, and the ot
 def define_flags(values: flags.FlagValues) -> None:
     command.define_config(values)
     command.define_path(values, "workdir", "folder of the run; an existing run is continued")
+    command.define_path(values, "reproduce", "workdir of a run whose config is taken; says which versions differ")
+    command.define_path(values, "replay", "a file of rows that stopped the run of --workdir: loss and gradient of each")
     flags.DEFINE_bool(
         "distributed", False, "several hosts: connect them first; they find one another on TPU slices, under SLURM, "
         "Kubernetes and Open MPI", flag_values=values,
@@ -33,13 +36,42 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> dict:
-    config, workdir, began = command.read_config(values), command.read_path(values, "workdir"), time.time()
+    workdir, began = command.read_path(values, "workdir"), time.time()
+    if values.replay:
+        return show_rows(workdir, Path(values.replay))
+    config = read_config(values, workdir)
     connect(values, workdir, config.faults.start_seconds)
     watch = watchdog.Watchdog(workdir, jax.process_index(), jax.process_count(), config.faults.silent_seconds)
     try:
         return train(config, workdir, watch, began)
     finally:
         watch.close()
+
+
+def read_config(values: flags.FlagValues, workdir: Path) -> config_module.Config:
+    """Returns the config of the recipe, or of the run that is to be reproduced in another workdir."""
+    if not values.reproduce:
+        return command.read_config(values)
+    there = Path(values.reproduce)
+    if values.config or there.resolve() == workdir.resolve():
+        raise command.UsageError("--reproduce takes the config of another run: give a new --workdir, and no --config")
+    config = config_module.load(there / "config.json")
+    if (there / "starts.jsonl").exists():
+        first = json.loads((there / "starts.jsonl").read_text().splitlines()[0])
+        for line in environment.differences(first):
+            log.say(f"warning: not as in {there}: {line}")
+    return config
+
+
+def show_rows(workdir: Path, file: Path) -> dict:
+    """Returns loss and gradient norm of each row that has stopped the run of a workdir."""
+    number, rows = replay.replay(runs.reopen(workdir), file)
+    columns = ["loss", "grad_norm", "num_tokens"]
+    log.say(f"{file} with the parameters of step {number}")
+    log.say(report.table([(f"row {row['row']}", {name: row[name] for name in columns}) for row in rows], columns))
+    for row in rows:
+        log.say(f"row {row['row']}: {', '.join(row['samples'])}")
+    return {"step": number, "rows": [row | {name: str(row[name]) for name in columns} for row in rows]}
 
 
 def train(config: config_module.Config, workdir: Path, watch: watchdog.Watchdog, began: float) -> dict:

@@ -234,7 +234,13 @@ class Batches:
         return self
 
     def __next__(self) -> Rows:
-        rows = next(self.reader)
+        try:
+            rows = next(self.reader)
+        except RuntimeError as error:  # Grain's, of a worker that is gone
+            raise InputError(
+                "a process that makes rows has died", found=str(error).splitlines()[0], expected="one that works on",
+                fix="start the run again; if it dies of memory, lower data.prefetch_rows or data.workers",
+            ) from error  # fmt: skip
         self.position = rows.about.position
         return rows
 

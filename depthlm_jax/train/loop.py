@@ -1,6 +1,7 @@
 """The training loop: state on the mesh, batches in, metrics and checkpoints out."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from depthlm_jax import checkpoint, compiler, log, parameter_groups, same_run, sharding, tree
+from depthlm_jax import checkpoint, compiler, environment, files, log, parameter_groups, same_run, sharding, tree
 from depthlm_jax import config as config_module
+from depthlm_jax.errors import InputError
 from depthlm_jax.models.registry import Network
 from depthlm_jax.train import optim, saves, step, stopping
 from depthlm_jax.train.goodput import Ledger
@@ -110,12 +112,15 @@ def run(
     """
     began = time.time() if began is None else began
     watch = watch or Watchdog(workdir, None, None, 0)
-    checkpoints, stop = saves.Saves(workdir, config), stopping.Stop()
+    about = {"environment": environment.describe(trainer.mesh)}
+    checkpoints, stop = saves.Saves(workdir, config, about), stopping.Stop()
     try:
         state, skipped = _resume(trainer, config, checkpoints, batches, first_parameters, watch)
         ledger = Ledger(workdir / "goodput.jsonl" if jax.process_index() == 0 else None, int(state.step), began)
         meter = Meter(config, workdir, int(state.step), trainer, Skips(workdir, config, skipped), ledger, watch)
         ledger.seconds["start"] = time.time() - began
+        if jax.process_index() == 0 and int(state.step) < config.train.max_steps:
+            files.Lines(workdir / "starts.jsonl").add(about["environment"])
         state = _train(trainer, config, checkpoints, batches, stop, meter, state)
     finally:
         watch.waits_for("the end of the data workers")
@@ -134,19 +139,17 @@ def _train(trainer, config, checkpoints, batches, stop, meter: Meter, state: ste
     try:
         for number in range(first, last + 1):
             rows, batch = upcoming
-            meter.count_dropped(rows.about.dropped)
             with meter.ledger.spend("compile" if number == first else "step"):
                 state, metrics = trainer.run_step(state, batch)
             meter.add(number, metrics, rows)
             ends = number == last or stop.after(number)
-            upcoming = None if ends else meter.load(batches)  # while the device computes
+            save = functools.partial(_save, checkpoints, meter, number, state, rows.about.position)
+            upcoming = None if ends else _load(meter, batches, save)  # while the device computes
             owed = owed or ends or number % config.train.save_steps == 0 or checkpoints.failed > 0
             if owed:
                 meter.flush()
             if owed and (ends or not meter.skips.in_a_row):  # else the last save is as good, and older
-                meter.watch.waits_for(f"the save of step {number}")
-                with meter.ledger.spend("save"):
-                    checkpoints.save(number, state, rows.about.position, meter.skips.total, surely=ends)
+                save(surely=ends)
                 owed = False
             if ends:
                 break
@@ -156,6 +159,24 @@ def _train(trainer, config, checkpoints, batches, stop, meter: Meter, state: ste
     finally:
         meter.flush()
     return state
+
+
+def _save(checkpoints: saves.Saves, meter: Meter, number: int, state: step.State, position, surely: bool) -> None:
+    meter.watch.waits_for(f"the save of step {number}")
+    with meter.ledger.spend("save"):
+        checkpoints.save(number, state, position, meter.skips.total, surely=surely)
+
+
+def _load(meter: Meter, batches, save: Callable) -> tuple:
+    """Returns the next rows; where the data fails, the work done so far is saved before that is raised."""
+    try:
+        return meter.load(batches)
+    except InputError:
+        if jax.process_count() == 1:  # others could not know that a save is due
+            meter.flush()
+            if not meter.skips.in_a_row:
+                save(surely=True)
+        raise
 
 
 def _resume(

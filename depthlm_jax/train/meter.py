@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from depthlm_jax import chips, log, sharding
+from depthlm_jax import chips, files, log, sharding
 from depthlm_jax import config as config_module
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import flops
@@ -36,17 +36,23 @@ class Meter:
         self.samples, self.steps, self.used, self.work, self.waited = 0, 0, (0, 0), collections.Counter(), 0.0
         self.dropped = collections.Counter()  # samples that were not made though their record is sound, by the reason
         self.sources = collections.Counter()  # samples of each source since the last line
+        self.quarantine = files.Lines(workdir / f"bad_records.process-{jax.process_index()}.jsonl")
         self.bad: dict[str, str] = {}  # what is wrong, by record: the same one is met again in the next epoch
         self.start = self.since = time.monotonic()
 
     def load(self, batches: Iterator) -> tuple:
-        """Returns this host's next rows, and all rows on their way to the mesh; notes the time it took."""
+        """Returns this host's next rows, and all rows on their way to the mesh; notes the time it took.
+
+        Raises:
+          InputError: of the data; too many bad records.
+        """
         start = time.monotonic()
         self.watch.waits_for("data")
         with self.ledger.spend("data"):
             rows = next(batches)
             placed = sharding.put_batch(self.trainer.mesh, rows.arrays, self.config.data.global_batch_rows)
         self.waited += time.monotonic() - start
+        self.count_dropped(rows.about.dropped)
         return rows, placed
 
     def add(self, number: int, metrics: dict, rows) -> None:
@@ -129,6 +135,7 @@ class Meter:
         for drop in dropped:
             if not drop.bad or drop.record_id in self.bad:
                 continue
+            self.quarantine.add({"record": drop.record_id, "reason": drop.reason})
             self.bad[drop.record_id] = drop.reason.splitlines()[0].rpartition(": ")[2]
             log.say(f"skipped bad record number {len(self.bad)}: {drop.reason}")
             if len(self.bad) > limit:

@@ -19,11 +19,12 @@ class Saves:
     Several processes stop at the first one: where a save fails on one of them, the others cannot know.
     """
 
-    def __init__(self, workdir: Path, config: config_module.Config):
+    def __init__(self, workdir: Path, config: config_module.Config, about: dict):
         self.checkpoints, self.config = checkpoint.Checkpoints(workdir), config
         self.folder, self.failures, self.running = self.checkpoints.folder, 0, False
         self.limit = config.faults.failed_saves if jax.process_count() == 1 else 1
         self.restore = self.checkpoints.restore
+        self.about = about | {"config": dataclasses.asdict(config)}
 
     @property
     def latest_step(self) -> int | None:
@@ -42,8 +43,10 @@ class Saves:
         Raises:
           InputError: too many saves failed in a row.
         """
-        run = {"data": dataclasses.asdict(position), "config": dataclasses.asdict(self.config), "skipped": skipped}
+        run = self.about | {"data": dataclasses.asdict(position), "skipped": skipped}
         self.wait()
+        if number == self.latest_step:
+            return
         while True:
             self.running = True
             self._try(lambda: self.checkpoints.save(number, state.parameters, state.optimizer, run))

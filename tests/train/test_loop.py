@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import worlds
 
-from depthlm_jax import checkpoint, log, sharding
+from depthlm_jax import checkpoint, environment, log, sharding
 from depthlm_jax import config as config_module
 from depthlm_jax import run as runs
 from depthlm_jax.config import Config
@@ -24,7 +24,7 @@ from depthlm_jax.data import pipeline, plan
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import registry
 from depthlm_jax.models.execution import Execution
-from depthlm_jax.train import loop, optim, step
+from depthlm_jax.train import loop, optim, replay, step
 
 STEPS = {"train.max_steps": 12, "train.save_steps": 4, "train.logging_steps": 1}
 TIMES = ("samples_per_second", "tokens_per_second", "tflops_per_second_per_device", "data_wait")
@@ -184,6 +184,11 @@ def test_a_checkpoint_holds_state_position_and_config(world, whole):
     assert_same_leaves([np.int32(12), *map(np.array, jax.tree.leaves((parameters, optimizer)))], whole.leaves)
     assert (run["data"]["step"], run["data"]["draws"]["main"]) == (12, 96 + plan.WAITING)
     assert run["config"] == json.loads((whole.workdir / "config.json").read_text())
+    (start,) = [json.loads(line) for line in (whole.workdir / "starts.jsonl").read_text().splitlines()]
+    assert run["environment"] == start
+    assert start["jax"] == jax.__version__ and start["mesh"]["data"] == 1 and "pytest" in start["command"]
+    assert environment.differences(start) == []
+    assert environment.differences(start | {"jax": "0.1"}) == [f"jax: 0.1 there, {jax.__version__} here"]
     latest, alone = checkpoints.restore_parameters(abstract.parameters)
     assert latest == 12
     assert_same_leaves(*([np.array(leaf) for leaf in jax.tree.leaves(tree)] for tree in (alone, parameters)))
@@ -292,6 +297,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told(world, tmp_path, 
 
 
 def test_after_some_such_steps_in_a_row_the_run_stops_and_keeps_the_rows(world, tmp_path):
+    run = runs.open_run(world.config, tmp_path)
     with pytest.raises(InputError, match="step 10: 5 steps in a row changed nothing") as error:
         world.train(tmp_path, Poisoned(world.batches(), {2, *range(6, 13)}))
     assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == 4  # that of step 8 would be no better
@@ -299,6 +305,10 @@ def test_after_some_such_steps_in_a_row_the_run_stops_and_keeps_the_rows(world, 
     assert f"train --replay={file}" in str(error.value)
     with np.load(file) as kept:
         assert kept["tokens_BT"].shape[0] == 8 and np.isinf(kept["weights_BA"]).any() and len(kept["record_ids"]) >= 8
+        names = kept["record_ids"].tolist()
+    number, rows = replay.replay(runs.reopen(tmp_path), file)
+    assert number == 4 and len(rows) == 8 and all(np.isnan(row["loss"]) for row in rows)
+    assert [name for row in rows for name in row["samples"]] == names and run.workdir == tmp_path
     world.train(tmp_path, Watched(world.batches()))  # it goes on from step 4
     assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == 12
 
@@ -312,6 +322,21 @@ def test_a_save_that_is_due_in_such_a_step_is_made_at_the_next_sound_one(world, 
     with pytest.raises(Interrupted):
         world.train(tmp_path, batches)
     assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == 6
+
+
+def test_a_file_that_is_no_rows_is_named(world, tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"PK nothing")
+    with pytest.raises(InputError, match=r"x\.npz: no rows to replay"):
+        replay.read(tmp_path / "x.npz")
+
+
+def test_data_that_disappears_ends_the_run_after_a_save(world, tmp_path):
+    def vanish():
+        raise InputError("train.jsonl: gone", found="nothing", expected="the file", fix="bring it back")
+
+    with pytest.raises(InputError, match=r"train\.jsonl: gone"):
+        world.train(tmp_path, Watched(world.batches(), STOP_AT, vanish))
+    assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == STOP_AT - 1
 
 
 def test_sigterm_saves_and_ends_in_order_and_the_next_start_goes_on(world, whole, tmp_path, capsys):
@@ -425,6 +450,8 @@ def test_bad_records_within_the_limit_are_logged_once_and_left_out(world, scenes
     assert len(said) == 2
     assert any("train.jsonl:3: depth is not a positive" in line for line in said)
     assert any("train.jsonl:5: cannot read image" in line for line in said)
+    listed = (tmp_path / "workdir" / "bad_records.process-0.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["record"] for line in listed) == ["train.jsonl:3", "train.jsonl:5"]
 
 
 def train_until_killed(scenes: Path, workdir: Path) -> None:
