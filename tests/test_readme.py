@@ -14,7 +14,8 @@ import worlds
 from depthlm_jax import run as runs
 from depthlm_jax.config import Config, default_config, parse
 from depthlm_jax.data import pipeline
-from depthlm_jax.train import loop
+from depthlm_jax.errors import InputError
+from depthlm_jax.train import loop, skips
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -59,6 +60,15 @@ def train(config: Config, workdir: Path) -> None:
     loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this))
 
 
+def keep_rows(config: Config, workdir: Path) -> None:
+    """Leaves the rows of a batch as a run does that stops because of them."""
+    rows = next(pipeline.training_batches(pipeline.open_sources(config), runs.reopen(workdir).processor, config))
+    skipped = skips.Skips(workdir, config, 0)
+    skipped.limit = 1
+    with pytest.raises(InputError):
+        skipped.count(70, {"loss": float("nan")}, rows)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with everything that the README's commands name."""
@@ -70,6 +80,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "validation.jsonl").write_text(records.read_text())
     worlds.write_jsonl(scenes, folder / "ibims1", 6).rename(folder / "ibims1/ibims1_subset.jsonl")
     train(worlds.config(scenes, {"train.max_steps": 1}), folder / "runs/demo")
+    keep_rows(worlds.config(scenes), folder / "runs/demo")
     base = f"python -m depthlm_jax export --workdir=runs/demo --output={folder}/Qwen2.5-VL-3B-Instruct"
     assert run(base, folder).returncode == 0
     return folder
