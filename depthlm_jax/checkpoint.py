@@ -10,7 +10,6 @@ import orbax.checkpoint as ocp
 from depthlm_jax import tree
 from depthlm_jax.errors import InputError
 
-KEPT = 2  # checkpoints on disk: the last, and the one before in case the last is lost
 CHUNK_BYTES = 2**26  # of a parameter on disk; whoever reads it holds a few chunks beside it, instead of all of it again
 
 
@@ -20,11 +19,13 @@ class Checkpoints:
     Whoever only reads says so: a writer clears away unfinished saves, which may be those of a run in progress.
     """
 
-    def __init__(self, workdir: Path, *, read_only: bool = False):
+    def __init__(self, workdir: Path, *, read_only: bool = False, keep_last: int = 2, keep_every: int = 0):
         self.folder = Path(workdir).resolve() / "checkpoints"
         if read_only and not self.folder.is_dir():
             raise self._none()
-        policy = ocp.checkpoint_managers.LatestN(KEPT)
+        policies = ocp.checkpoint_managers
+        kept = [policies.LatestN(keep_last), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+        policy = policies.AnyPreservationPolicy(kept)
         writing = {} if read_only else {"preservation_policy": policy, "cleanup_tmp_directories": True}
         self.options = ocp.CheckpointManagerOptions(read_only=read_only, create=not read_only, **writing)
         self.manager = ocp.CheckpointManager(self.folder, options=self.options)

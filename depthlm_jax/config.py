@@ -147,6 +147,8 @@ class Train:
     digit_weight: float = 1.0  # weight of the answer's digits in the loss
     seed: int = 0  # of data order, crops and query points
     save_steps: int = 500
+    keep_last: int = 2  # checkpoints on disk; of one, a damaged disk leaves nothing
+    keep_every: int = 0  # steps, whose multiples are kept as well; 0: none
     logging_steps: int = 10
     compilation_cache: str = ""  # folder where compiled programs are kept for the next start; empty: they are not
 
@@ -221,13 +223,14 @@ COUNTS = (
     "data.reference.scale", "data.reference.questions", "data.global_batch_rows", "data.max_tokens",
     "data.max_patches", "data.max_answer_tokens", "train.max_steps", "train.save_steps", "train.logging_steps",
     "eval.samples", "eval.batch_rows", "eval.max_new_tokens", "model.lora.rank", "model.unroll",
-    "faults.skipped_steps", "faults.failed_saves", "faults.start_seconds",
+    "train.keep_last", "faults.skipped_steps", "faults.failed_saves", "faults.start_seconds",
 )  # fmt: skip
 AMOUNTS = (
     "model.seed", "train.seed", "eval.seed", "data.max_bad_records", "data.read_threads", "data.prefetch_rows",
     "data.geometry.focal_px", "train.digit_weight", "optim.learning_rate", "optim.weight_decay", "data.workers",
     "data.mixture.size_cap", "data.sources.*.weight", "model.lora.alpha", "train.gradient_accumulation_steps",
     "mesh.replica", "optim.groups.*.factor", "faults.silent_seconds",
+    "train.keep_every",
 )  # fmt: skip
 RANGES = {  # of numbers, both ends included
     **dict.fromkeys(COUNTS, COUNT),

@@ -249,6 +249,14 @@ def test_another_loss_than_the_peers_is_an_error():
         train.check_same_loss({"ours": 2.0, "peer": 2.01}, "float32")
 
 
+def test_bench_save_measures_steps_with_and_without(capsys, tiny_bench):
+    status, out, err = call(capsys, "save", "--repeats=1", "--json")
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["ratio"] == pytest.approx(result["plain_seconds_a_step"] / result["save_seconds_a_step"])
+    assert result["checkpoint_gb"] > 1e-4 and "a save every ten steps" in out
+
+
 def test_bench_decode_runs_and_both_give_the_same_tokens(capsys, tiny_bench):
     status, out, err = call(capsys, "decode", "--questions=3", "--repeats=1", "--json")
     assert status == 0, err

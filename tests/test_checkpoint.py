@@ -36,6 +36,14 @@ def test_the_last_two_are_kept(workdir):
     assert sorted(folder.name for folder in (workdir / "checkpoints").iterdir()) == ["2", "3"]
 
 
+def test_multiples_are_kept_beside_the_last(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=1, keep_every=4)
+    for step in range(1, 8):
+        save(checkpoints, step)
+    checkpoints.close()
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["4", "7"]
+
+
 def test_a_reader_leaves_a_save_in_progress_alone(workdir):
     """An unfinished save looks like this on disk; the next writer clears it away, a reader must not."""
     unfinished = workdir / "checkpoints" / "4.orbax-checkpoint-tmp"

@@ -122,10 +122,10 @@ def write_folder(hf_config: dict, vocabulary: int, folder: Path):
     return family.processor(folder)
 
 
-def draw(processor, count: int) -> Samples:
+def draw(processor, count: int, cells: tuple[int, int] | None = None) -> Samples:
     """Returns samples with random images, packed into one row."""
     rng, grid = np.random.default_rng(0), processor.config.grid_px
-    sides = rng.integers(*CELLS, size=(count, 2), endpoint=True) * grid
+    sides = rng.integers(*(cells or CELLS), size=(count, 2), endpoint=True) * grid
     images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sides]
     answers = [tasks.answer_text(float(depth_m)) for depth_m in rng.uniform(1, 20, count)]
     start = time.perf_counter()

@@ -6,7 +6,7 @@ from absl import flags
 
 from depthlm_jax import config as config_module
 from depthlm_jax import log
-from depthlm_jax.bench import convert, data, decode, index, train
+from depthlm_jax.bench import convert, data, decode, index, save, train
 from depthlm_jax.cli import command
 from depthlm_jax.eval import report
 
@@ -106,4 +106,14 @@ def _decode(values: flags.FlagValues) -> dict:
     return found
 
 
-MEASUREMENTS = {"convert": _convert, "data": _data, "decode": _decode, "index": _index, "train": _train}
+def _save(values: flags.FlagValues) -> dict:
+    found = save.measure(values.repeats)
+    seconds = {"a save every ten steps": found["save_seconds_a_step"], "none": found["plain_seconds_a_step"]}
+    rows = [(name, {"s a step": value}) for name, value in seconds.items()]
+    log.say(f"checkpoints of {found['checkpoint_gb']:.2f} GB\n" + report.table(rows, ["s a step"]))
+    return found
+
+
+MEASUREMENTS = {
+    "convert": _convert, "data": _data, "decode": _decode, "index": _index, "save": _save, "train": _train,
+}  # fmt: skip

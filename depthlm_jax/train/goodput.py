@@ -40,7 +40,7 @@ class Ledger:
 def summary(file: Path) -> dict[str, float]:
     """Returns seconds by kind over all starts, those of lost steps as `lost`, and the number of starts."""
     starts: dict[float, list[dict]] = {}
-    for line in file.read_text().splitlines():
+    for line in file.read_text().splitlines() if file.exists() else ():
         record = json.loads(line)
         starts.setdefault(record["began"], []).append(record)
     total = dict.fromkeys((*SPENT, "lost"), 0.0)

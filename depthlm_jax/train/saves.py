@@ -20,7 +20,8 @@ class Saves:
     """
 
     def __init__(self, workdir: Path, config: config_module.Config, about: dict):
-        self.checkpoints, self.config = checkpoint.Checkpoints(workdir), config
+        kept = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
+        self.checkpoints, self.config = checkpoint.Checkpoints(workdir, **kept), config
         self.folder, self.failures, self.running = self.checkpoints.folder, 0, False
         self.limit = config.faults.failed_saves if jax.process_count() == 1 else 1
         self.restore = self.checkpoints.restore
