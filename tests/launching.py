@@ -75,8 +75,8 @@ def start(
     )
 
 
-def finish(processes: list[subprocess.Popen]) -> list[str]:
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
+def finish(processes: list[subprocess.Popen], seconds: float = 600) -> list[str]:
+    outputs = [process.communicate(timeout=seconds)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(o[-3000:] for o in outputs)
     return outputs
 

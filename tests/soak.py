@@ -51,9 +51,9 @@ def soak(folder: Path, minutes: float, steps: int, seed: int, change_meshes: boo
         for process in processes:
             process.communicate(timeout=300)
         lost.append(last_step(job) - saved_step(job))
-    finish(job.start(TWO))
+    finish(job.start(TWO), seconds=3600)
     minutes = (time.monotonic() - began) / 60
-    finish(calm.start(TWO))
+    finish(calm.start(TWO), seconds=3600)
     same = job.losses() == calm.losses()
     return {
         "minutes": minutes, "faults": dict(faults), "steps": steps, "steps lost": sum(lost),
