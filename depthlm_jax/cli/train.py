@@ -36,10 +36,10 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> dict:
-    workdir, began = command.read_path(values, "workdir"), time.time()
+    began = time.time()
     if values.replay:
-        return show_rows(workdir, Path(values.replay))
-    config = read_config(values, workdir)
+        return show_rows(command.read_path(values, "workdir"), Path(values.replay))
+    config, workdir = read_config(values), command.read_path(values, "workdir")
     connect(values, workdir, config.faults.start_seconds)
     watch = watchdog.Watchdog(workdir, jax.process_index(), jax.process_count(), config.faults.silent_seconds)
     try:
@@ -48,12 +48,12 @@ def run(values: flags.FlagValues) -> dict:
         watch.close()
 
 
-def read_config(values: flags.FlagValues, workdir: Path) -> config_module.Config:
+def read_config(values: flags.FlagValues) -> config_module.Config:
     """Returns the config of the recipe, or of the run that is to be reproduced in another workdir."""
     if not values.reproduce:
         return command.read_config(values)
     there = Path(values.reproduce)
-    if values.config or there.resolve() == workdir.resolve():
+    if values.config or there.resolve() == Path(values.workdir).resolve():
         raise command.UsageError("--reproduce takes the config of another run: give a new --workdir, and no --config")
     config = config_module.load(there / "config.json")
     if (there / "starts.jsonl").exists():
