@@ -268,8 +268,8 @@ def test_bench_decode_runs_and_both_give_the_same_tokens(capsys, tiny_bench):
 @pytest.mark.parametrize(
     "arguments, status, text",
     [
-        ([], 2, "bench what? one of: convert, data, decode, index, train"),
-        (["dta"], 2, "should be one of <convert|data|decode|index|train>"),
+        ([], 2, "bench what? one of: convert, data, decode, index, save, train"),
+        (["dta"], 2, "should be one of <convert|data|decode|index|save|train>"),
         (["data", "index"], 2, "what is 'index'?"),
         (["data", "--repeats=0"], 2, "repeats"),
         (["data", "--images=no/such.jsonl"], 1, "no/such.jsonl"),

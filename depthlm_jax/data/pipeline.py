@@ -236,7 +236,9 @@ class Batches:
     def __next__(self) -> Rows:
         try:
             rows = next(self.reader)
-        except RuntimeError as error:  # Grain's, of a worker that is gone
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):  # Grain's words for a worker that is gone
+                raise
             raise InputError(
                 "a process that makes rows has died", found=str(error).splitlines()[0], expected="one that works on",
                 fix="start the run again; if it dies of memory, lower data.prefetch_rows or data.workers",

@@ -12,27 +12,26 @@ from pathlib import Path
 from depthlm_jax import files
 
 SPENT = ("start", "compile", "data", "step", "save")  # seconds until the first step; …; waiting for a save
+NOTED = ("start", "compile", "data", "save")  # what is left of the time are steps
 
 
 class Ledger:
     """Of one start; the process that writes metrics has a file."""
 
     def __init__(self, file: Path | None, step: int, began: float):
-        self.lines, self.began, self.seconds = file and files.Lines(file), began, dict.fromkeys(SPENT, 0.0)
+        self.lines, self.began, self.seconds = file and files.Lines(file), began, dict.fromkeys(NOTED, 0.0)
         self.identity = {"began": began, "from_step": step}
 
     @contextmanager
     def spend(self, kind: str):
-        """Counts the time inside as one of SPENT."""
+        """Counts the time inside as one of NOTED."""
         start = time.monotonic()
         yield
         self.seconds[kind] += time.monotonic() - start
 
     def write(self, step: int) -> None:
-        """Adds a line: seconds so far. What is none of the others is the devices' time."""
-        total = time.time() - self.began
-        others = sum(value for kind, value in self.seconds.items() if kind != "step")
-        spent = self.seconds | {"step": max(0.0, total - others)}
+        """Adds a line: seconds so far."""
+        spent = self.seconds | {"step": max(0.0, time.time() - self.began - sum(self.seconds.values()))}
         if self.lines:
             self.lines.add(self.identity | {"step": step, "seconds": spent})
 

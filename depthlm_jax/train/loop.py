@@ -1,5 +1,6 @@
 """The training loop: state on the mesh, batches in, metrics and checkpoints out."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -139,13 +140,13 @@ def _train(trainer, config, checkpoints, batches, stop, meter: Meter, state: ste
     try:
         for number in range(first, last + 1):
             rows, batch = upcoming
-            with meter.ledger.spend("compile" if number == first else "step"):
+            with meter.ledger.spend("compile") if number == first else contextlib.nullcontext():
                 state, metrics = trainer.run_step(state, batch)
             meter.add(number, metrics, rows)
             ends = number == last or stop.after(number)
             save = functools.partial(_save, checkpoints, meter, number, state, rows.about.position)
             upcoming = None if ends else _load(meter, batches, save)  # while the device computes
-            owed = owed or ends or number % config.train.save_steps == 0 or checkpoints.failed > 0
+            owed = owed or ends or number % config.train.save_steps == 0 or checkpoints.has_failed()
             if owed:
                 meter.flush()
             if owed and (ends or not meter.skips.in_a_row):  # else the last save is as good, and older

@@ -33,7 +33,8 @@ class Meter:
         self.chip = chips.chip_of(device.device_kind)
         self.schedule = optim.make_schedule(config.optim, config.train.max_steps)
         self.pending: tuple[int, dict, object] | None = None
-        self.samples, self.steps, self.used, self.work, self.waited = 0, 0, (0, 0), collections.Counter(), 0.0
+        self.samples, self.steps, self.used, self.work = 0, 0, (0, 0), collections.Counter()
+        self.waited = 0.0  # for data, until the last line
         self.dropped = collections.Counter()  # samples that were not made though their record is sound, by the reason
         self.sources = collections.Counter()  # samples of each source since the last line
         self.quarantine = files.Lines(workdir / f"bad_records.process-{jax.process_index()}.jsonl")
@@ -46,12 +47,10 @@ class Meter:
         Raises:
           InputError: of the data; too many bad records.
         """
-        start = time.monotonic()
         self.watch.waits_for("data")
         with self.ledger.spend("data"):
             rows = next(batches)
             placed = sharding.put_batch(self.trainer.mesh, rows.arrays, self.config.data.global_batch_rows)
-        self.waited += time.monotonic() - start
         self.count_dropped(rows.about.dropped)
         return rows, placed
 
@@ -92,7 +91,7 @@ class Meter:
         values |= self._speeds(now - self.since)
         values |= {"samples_dropped": self.dropped.total(), "steps_skipped": self.skips.total}
         values |= self._data_values()
-        self.samples, self.work, self.waited, self.since = 0, collections.Counter(), 0.0, now
+        self.samples, self.work, self.waited, self.since = 0, collections.Counter(), self.ledger.seconds["data"], now
         self.ledger.write(number)
         if jax.process_index() == 0:
             self.journal.write(number, values)
@@ -111,7 +110,7 @@ class Meter:
             "samples_per_second": self.hosts * self.samples / seconds,
             "tokens_per_second": self.hosts * self.work["tokens"] / seconds,
             "tflops_per_second_per_device": useful / chips.TERA,
-            "data_wait": self.waited / seconds,
+            "data_wait": (self.ledger.seconds["data"] - self.waited) / seconds,
         }
         return values | ({"mfu": useful / self.chip.flops_s} if self.chip else {})
 

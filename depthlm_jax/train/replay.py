@@ -1,5 +1,6 @@
 """The rows that stopped a run, one at a time through its last checkpoint."""
 
+import zipfile
 from pathlib import Path
 
 import jax
@@ -45,7 +46,7 @@ def read(file: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as kept:
             return {name: kept[name] for name in (*kept.files, skips.NAMES)}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{file}: no rows to replay", found=error, expected="a .npz file under faults/ of a workdir",
             fix="give the file that the run has named when it stopped",

@@ -31,12 +31,15 @@ class Saves:
     def latest_step(self) -> int | None:
         return self.checkpoints.latest_step
 
-    @property
-    def failed(self) -> int:
-        """How many saves have failed in a row, as far as is known."""
+    def has_failed(self) -> bool:
+        """Returns whether the last save has failed, and tells it; one that is being written may still fail.
+
+        Raises:
+          InputError: too many saves failed in a row.
+        """
         if self.running:
             self._try(self.checkpoints.check)
-        return self.failures
+        return self.failures > 0 and not self.running
 
     def save(self, number: int, state, position, skipped: int, *, surely: bool) -> None:
         """Starts to write a checkpoint, after the one before is written; `surely`: waits, and tries until it is.

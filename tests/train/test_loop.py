@@ -324,8 +324,9 @@ def test_a_save_that_is_due_in_such_a_step_is_made_at_the_next_sound_one(world, 
     assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == 6
 
 
-def test_a_file_that_is_no_rows_is_named(world, tmp_path):
-    (tmp_path / "x.npz").write_bytes(b"PK nothing")
+@pytest.mark.parametrize("content", [b"", b"PK nothing", b"PK\x03\x04 a zip file that is cut"])
+def test_a_file_that_is_no_rows_is_named(tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.npz: no rows to replay"):
         replay.read(tmp_path / "x.npz")
 
