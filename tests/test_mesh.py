@@ -93,7 +93,7 @@ def test_the_step_is_compiled_once(train, sizes):
     assert train(*sizes).compilations == 1
 
 
-@pytest.mark.parametrize("name", ["adafactor", "lion", "muon"])
+@pytest.mark.parametrize("name", ["adafactor", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "muon"))])
 def test_other_optimizers_do_the_same_on_a_mesh(train, name):
     alone, divided = (train(*sizes, optimizer=name) for sizes in ((1, 1, 1), (1, 8, 1)))
     np.testing.assert_allclose(divided.losses, alone.losses, rtol=0, atol=1e-4 if name == "lion" else 1e-5)

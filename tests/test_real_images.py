@@ -15,6 +15,7 @@ from depthlm_jax.data.records import open_source
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_loss_falls_on_real_photographs(ibims1, tmp_path):
     arguments = [
         f"--config={ROOT}/configs/ibims1.py", f"--config.data.sources.main.path={ibims1}/ibims1_subset.jsonl",

@@ -81,6 +81,7 @@ def test_the_vocabulary_meets_answers_only(plan):
     assert not [shape for shape in shapes if vocabulary & set(shape) and TOKENS in shape]
 
 
+@pytest.mark.slow
 def test_two_slices_hold_a_copy_each():
     plan = program.compile_step(small("qwen2_5_vl"), topology.find("2xv5e-16"))
     assert plan.fits and plan.mesh == {"replica": 2, "data": 1, "fsdp": 16, "tensor": 1}
