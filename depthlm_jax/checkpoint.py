@@ -1,6 +1,6 @@
 """Checkpoints of a run, behind Orbax: parameters, optimizer, step, position in the data, config."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -19,13 +19,26 @@ class Checkpoints:
     Whoever only reads says so: a writer clears away unfinished saves, which may be those of a run in progress.
     """
 
-    def __init__(self, workdir: Path, *, read_only: bool = False, keep_last: int = 2, keep_every: int = 0):
+    def __init__(
+        self, workdir: Path, *, read_only: bool = False, keep_last: int = 2, keep_every: int = 0,
+        scores: Callable[[], Mapping[int, float]] | None = None,
+    ):  # fmt: skip
+        """Opens the folder.
+
+        Args:
+          workdir: of the run.
+          read_only: nothing is saved or cleared away.
+          keep_last: checkpoints that are kept.
+          keep_every: whose multiples are kept as well; 0: none.
+          scores: → step: score, of which the checkpoint with the highest is kept as well; None: none is.
+        """
         self.folder = Path(workdir).resolve() / "checkpoints"
         if read_only and not self.folder.is_dir():
             raise self._none()
         policies = ocp.checkpoint_managers
-        kept = [policies.LatestN(keep_last), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
-        policy = policies.AnyPreservationPolicy(kept)
+        every = [policies.EveryNSteps(keep_every)] if keep_every else []
+        best = [_Best(scores)] if scores else []
+        policy = policies.AnyPreservationPolicy([policies.LatestN(keep_last), *every, *best])
         writing = {} if read_only else {"preservation_policy": policy, "cleanup_tmp_directories": True}
         self.options = ocp.CheckpointManagerOptions(read_only=read_only, create=not read_only, **writing)
         self.manager = ocp.CheckpointManager(self.folder, options=self.options)
@@ -141,6 +154,18 @@ class Checkpoints:
         """Waits for the last save; raises if it failed."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+class _Best:
+    """A policy of Orbax that keeps the checkpoint with the highest score; of equal ones, the latest."""
+
+    def __init__(self, scores: Callable[[], Mapping[int, float]]):
+        self.scores = scores
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        scores = self.scores()
+        measured = [(scores[one.step], one.step) for one in checkpoints if one.step in scores]
+        return [bool(measured) and one.step == max(measured)[1] for one in checkpoints]
 
 
 def _same(path: str, saved: Mapping, shapes: Mapping) -> bool:

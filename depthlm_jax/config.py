@@ -15,6 +15,7 @@ import ml_collections
 
 from depthlm_jax import files
 from depthlm_jax.config_errors import bad_value, unknown_key
+from depthlm_jax.config_rules import CHOICES, HIGHER, LOWER, MARKERS, RANGES, TEXT_MODES
 from depthlm_jax.errors import InputError
 
 
@@ -149,6 +150,7 @@ class Train:
     save_steps: int = 500
     keep_last: int = 2  # checkpoints on disk; of one, a damaged disk leaves nothing
     keep_every: int = 0  # steps, whose multiples are kept as well; 0: none
+    keep_best: str = ""  # SET/METRIC, such as rooms/delta1: the checkpoint that was best in it is kept as well
     logging_steps: int = 10
     compilation_cache: str = ""  # folder where compiled programs are kept for the next start; empty: they are not
 
@@ -164,8 +166,17 @@ class Faults:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalSet(Source):
+    """A set that is evaluated while training, and by `evaluate`; all else as in Eval."""
+
+    samples: int = 256
+    every_steps: int = 0  # evaluated whenever so many steps are done, and after the last one; 0: then alone
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
-    source: Source = Source()
+    source: Source = Source()  # what `evaluate` asks about
+    sets: dict[str, EvalSet] = dataclasses.field(default_factory=dict)
     task: str = "distance"
     samples: int = 512  # (image, point) pairs, spread evenly over the images
     batch_rows: int = 16
@@ -194,51 +205,8 @@ class Config:
     faults: Faults = Faults()
 
 
-TASKS = tuple(field.name for field in dataclasses.fields(Tasks))
-MARKERS, TEXT_MODES = ("arrow", "dot", "cross", "square"), ("text_raw", "text_norm")
-COLORS = {
-    "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "magenta": (255, 0, 255),
-    "cyan": (0, 255, 255), "white": (255, 255, 255), "black": (0, 0, 0),
-}  # fmt: skip
-USERS = {"sources", "groups", "hf_config"}  # dicts whose keys are the user's
-NAMED = {"data.sources": "source", "optim.groups": "group"}  # sections with names of the user's choice
-CHOICES = {  # "*" stands for such a name
-    **dict.fromkeys(("model.compute_dtype", "train.accumulation_dtype"), ("bfloat16", "float32")),
-    "model.attention": ("auto", "xla", "splash", "cudnn"),
-    "model.remat": ("full", "attended", "dots", "none"),
-    "optim.name": ("adamw", "adafactor", "lion", "muon"),
-    **dict.fromkeys(("data.sources.*.depth_kind", "eval.source.depth_kind"), ("z", "ray")),
-    "eval.task": TASKS,
-    "data.geometry.mode": ("corrected", "official"),
-    "data.geometry.crop_position": ("random", "centred"),
-    "data.label_kind": ("z", "ray", "official"),
-    "data.camera_hint": ("none", "intrinsics", "ray"),
-    "data.reference.mode": (*MARKERS, *TEXT_MODES),
-    "data.reference.color": tuple(COLORS),
-    "data.reference.layout": ("independent", "conversation"),
-    "train.loss_on": ("answer", "official"),
-}
-COUNT, AMOUNT = (1, 2**31 - 1), (0, 2**31 - 1)
-COUNTS = (
-    "data.reference.scale", "data.reference.questions", "data.global_batch_rows", "data.max_tokens",
-    "data.max_patches", "data.max_answer_tokens", "train.max_steps", "train.save_steps", "train.logging_steps",
-    "eval.samples", "eval.batch_rows", "eval.max_new_tokens", "model.lora.rank", "model.unroll",
-    "train.keep_last", "faults.skipped_steps", "faults.failed_saves", "faults.start_seconds",
-)  # fmt: skip
-AMOUNTS = (
-    "model.seed", "train.seed", "eval.seed", "data.max_bad_records", "data.read_threads", "data.prefetch_rows",
-    "data.geometry.focal_px", "train.digit_weight", "optim.learning_rate", "optim.weight_decay", "data.workers",
-    "data.mixture.size_cap", "data.sources.*.weight", "model.lora.alpha", "train.gradient_accumulation_steps",
-    "mesh.replica", "optim.groups.*.factor", "faults.silent_seconds",
-    "train.keep_every",
-)  # fmt: skip
-RANGES = {  # of numbers, both ends included
-    **dict.fromkeys(COUNTS, COUNT),
-    **dict.fromkeys([*AMOUNTS, *(f"data.tasks.{name}" for name in TASKS)], AMOUNT),
-    "data.mixture.size_exponent": (0, 1), "data.geometry.flip": (0, 1), "eval.source.fov_degrees": (0, 179),
-    "data.sources.*.fov_degrees": (0, 179), "optim.warmup_ratio": (0, 1), "optim.adam_b1": (0, 1),
-    "optim.adam_b2": (0, 1), "optim.adam_eps": (0, 1), "optim.max_grad_norm": (1e-12, 2**31 - 1),
-}  # fmt: skip
+USERS = {"sources", "groups", "sets", "hf_config"}  # dicts whose keys are the user's
+NAMED = {"data.sources": "source", "optim.groups": "group", "eval.sets": "evaluation set"}  # names are the user's
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -260,6 +228,11 @@ def sources(table: dict[str, dict]) -> ml_collections.ConfigDict:
 def groups(table: dict[str, dict]) -> ml_collections.ConfigDict:
     """Returns optim.groups of a recipe: {"vision": {"pattern": "visual/.*", "factor": 0.1}, …}; raises as `sources`."""
     return _named("optim.groups", Group, table)
+
+
+def eval_sets(table: dict[str, dict]) -> ml_collections.ConfigDict:
+    """Returns eval.sets of a recipe: {"rooms": {"path": "rooms.jsonl", "every_steps": 500}, …}; raises as `sources`."""
+    return _named("eval.sets", EvalSet, table)
 
 
 def _named(path: str, section: type, table: dict[str, dict]) -> ml_collections.ConfigDict:
@@ -288,6 +261,7 @@ def parse(recipe: ml_collections.ConfigDict) -> Config:
     config = _parse_section(Config, recipe.to_dict(), "")
     _check_questions(config)
     _check_answers(config.eval)
+    _check_best(config)
     return config
 
 
@@ -314,6 +288,16 @@ def _check_answers(settings: Eval) -> None:
             "config: eval.expectation needs eval.answer_prefix", found="answer_prefix='', expectation=True",
             expected="how an answer begins up to its number, such as '<think> The point is around '",
             fix="set --config.eval.answer_prefix, or --config.eval.expectation=false",
+        )  # fmt: skip
+
+
+def _check_best(config: Config) -> None:
+    known = [f"{name}/{metric}" for name in config.eval.sets for metric in (*HIGHER, *LOWER)]
+    if config.train.keep_best and config.train.keep_best not in known:
+        raise InputError(
+            "config: train.keep_best is measured nowhere", found=repr(config.train.keep_best),
+            expected=f"one of {', '.join(known)}" if known else "SET/METRIC, SET being one of eval.sets; there is none",
+            fix="set --config.train.keep_best, or add that set to eval.sets in the recipe",
         )  # fmt: skip
 
 

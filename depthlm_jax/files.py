@@ -39,6 +39,21 @@ def make_writable(folder: Path) -> None:
         ) from error  # fmt: skip
 
 
+def read_lines(file: Path) -> list[dict]:
+    """Returns the objects of a file of JSON lines, none where there is no file; one that is being written is left out.
+
+    Raises:
+      InputError: another line cannot be read.
+    """
+    *lines, _ = file.read_text().split("\n") if file.exists() else [""]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise InputError(
+            f"{file}: a line cannot be read", found=error, expected="one JSON object a line", fix="remove that line",
+        ) from error  # fmt: skip
+
+
 class Lines:
     """JSON lines that are added to a file; those that the disk does not take are kept until it does."""
 

@@ -1,12 +1,10 @@
 """What a run says while it works: lines on stdout, and metrics as JSON lines."""
 
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from depthlm_jax import files
-from depthlm_jax.errors import InputError
 
 LINE_SECONDS = 5.0  # between two progress lines of a long loop
 
@@ -59,13 +57,4 @@ class Journal:
 
     def read(self) -> list[dict]:
         """Returns the records; of a step that was written twice (before and after a resume), the last."""
-        if not self.file.exists():
-            return []
-        try:
-            records = [json.loads(line) for line in self.file.read_text().splitlines()]
-        except ValueError as error:
-            raise InputError(
-                f"{self.file}: a line cannot be read", found=error, expected="one JSON object a line",
-                fix="remove that line",
-            ) from error  # fmt: skip
-        return list({record["step"]: record for record in records}.values())
+        return list({record["step"]: record for record in files.read_lines(self.file)}.values())

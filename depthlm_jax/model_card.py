@@ -8,7 +8,7 @@ import huggingface_hub
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from depthlm_jax import config as config_module
-from depthlm_jax import files, log, snippet
+from depthlm_jax import config_rules, files, log, snippet
 from depthlm_jax.data import reference, tasks
 from depthlm_jax.errors import InputError
 from depthlm_jax.eval.report import UNITS
@@ -250,9 +250,9 @@ def _asking(facts: Facts) -> list[tuple[str, str]]:
     data = facts.config.data
     focal_px, mode = data.geometry.focal_px, data.reference.mode
     wanted = f"to a focal length of {focal_px:g} px" if focal_px else "to no other focal length than it has"
-    scale, (red, green, blue) = data.reference.scale, config_module.COLORS[data.reference.color]
+    scale, (red, green, blue) = data.reference.scale, config_rules.COLORS[data.reference.color]
     squares = ", ".join(str(offset) for offset in reference.MARKERS.get(mode, ()))
-    if mode in config_module.MARKERS:
+    if mode in config_rules.MARKERS:
         pointed = (
             f"{data.reference.color} {mode}, rgb({red}, {green}, {blue}), drawn last, on the resized image: a square "
             f"of {scale} × {scale} px around pixel (x, y) + {scale} · (dx, dy) for each (dx, dy) of {squares}"

@@ -7,8 +7,9 @@ MIXTURE = ("data.sources", "data.mixture")  # may be changed on the way
 # What may differ between a workdir and the run that continues it: the mixture, and what changes speed or reporting.
 FREE_TO_CHANGE = (
     *MIXTURE, "mesh", "eval", "model.attention", "model.remat", "model.unroll", "train.gradient_accumulation_steps",
-    "train.compilation_cache", "train.save_steps", "train.keep_last", "train.keep_every", "train.logging_steps",
-    "data.workers", "data.read_threads", "data.prefetch_rows", "data.max_bad_records", "faults",
+    "train.compilation_cache", "train.save_steps", "train.keep_last", "train.keep_every", "train.keep_best",
+    "train.logging_steps", "data.workers", "data.read_threads", "data.prefetch_rows", "data.max_bad_records",
+    "faults",
 )  # fmt: skip
 
 

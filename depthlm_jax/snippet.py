@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 from depthlm_jax import config as config_module
+from depthlm_jax import config_rules
 from depthlm_jax.data import reference, tasks
 
 FAMILIES = Path(__file__).parent / "models"  # each has a usage.py, which stands by itself
@@ -38,7 +39,7 @@ def program(config: config_module.Config, folder: str) -> str | None:
     values = {
         "FOLDER": folder, "FOCAL_PX": data.geometry.focal_px, "GEOMETRY": data.geometry.mode,
         "MARKER": reference.MARKERS.get(marker.mode, ()), "MARKER_SCALE": marker.scale,
-        "MARKER_COLOR": config_module.COLORS[marker.color], "QUESTION": question(first, data),
+        "MARKER_COLOR": config_rules.COLORS[marker.color], "QUESTION": question(first, data),
         "MAX_NEW_TOKENS": config.eval.max_new_tokens,
     }  # fmt: skip
     return fill((FAMILIES / config.model.family / "usage.py").read_text(encoding="utf-8"), values)
@@ -46,7 +47,7 @@ def program(config: config_module.Config, folder: str) -> str | None:
 
 def trained_tasks(config: config_module.Config) -> list[str]:
     """Returns the tasks that are trained, the one to ask first in front."""
-    trained = [task for task in config_module.TASKS if getattr(config.data.tasks, task)]
+    trained = [task for task in config_rules.TASKS if getattr(config.data.tasks, task)]
     return sorted(trained, key=lambda task: ASKED_FIRST.index(task) if task in ASKED_FIRST else len(ASKED_FIRST))
 
 

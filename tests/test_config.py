@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from depthlm_jax import config as config_module
-from depthlm_jax import config_errors, same_run
+from depthlm_jax import config_errors, config_rules, same_run
 from depthlm_jax.config import Config, default_config, parse
 from depthlm_jax.errors import InputError
 
@@ -163,9 +163,11 @@ def test_every_table_entry_names_a_field():
     sections = {path.partition(".")[0] for path in leaves}
     sections |= {path.rpartition(".")[0] for path in leaves} | {"data.sources"}
     leaves = {path.replace("data.sources.main.", "data.sources.*.") for path in leaves} | leaves
-    assert config_module.CHOICES.keys() <= leaves
     groups = {f"optim.groups.*.{field.name}" for field in dataclasses.fields(config_module.Group)}
-    assert set(config_module.RANGES) <= leaves | groups
+    sets = {f"eval.sets.*.{field.name}" for field in dataclasses.fields(config_module.EvalSet)}
+    assert set(config_rules.RANGES) <= leaves | groups | sets
+    assert config_rules.CHOICES.keys() <= leaves | sets
+    assert tuple(field.name for field in dataclasses.fields(config_module.Tasks)) == config_rules.TASKS
     assert set(same_run.FREE_TO_CHANGE) <= leaves | sections
 
 

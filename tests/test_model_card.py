@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import demo
 from depthlm_jax import config as config_module
-from depthlm_jax import model_card, release, snippet
+from depthlm_jax import config_rules, model_card, release, snippet
 from depthlm_jax import run as runs
 from depthlm_jax.cli import command
 from depthlm_jax.data import camera, pipeline, reference, tasks, transforms
@@ -201,7 +201,7 @@ def test_a_family_needs_nothing_of_this_package(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("hint", ["none", "intrinsics"])
-@pytest.mark.parametrize("mode", [*config_module.MARKERS, *config_module.TEXT_MODES])
+@pytest.mark.parametrize("mode", [*config_rules.MARKERS, *config_rules.TEXT_MODES])
 def test_every_way_to_point_is_the_same_in_the_snippet(tmp_path, name, mode, hint):
     rng = np.random.default_rng()
     scale = int(rng.integers(1, 4))

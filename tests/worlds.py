@@ -57,6 +57,7 @@ def recipe(scenes: Path, changes: dict | None = None) -> ml_collections.ConfigDi
     shrunk.model.hf_config = HF_CONFIG
     paths = {"data.sources.main.path": str(scenes), "eval.source.path": str(scenes)}
     for path, value in (SMALL | paths | (changes or {})).items():
+        value = config_module.eval_sets(value) if path == "eval.sets" else value
         section, _, name = path.rpartition(".")
         node = shrunk
         for part in section.split("."):

@@ -1,4 +1,4 @@
-"""evaluate: answers on an evaluation set."""
+"""evaluate: answers on evaluation sets."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from absl import flags
 from depthlm_jax import files, log
 from depthlm_jax import run as runs
 from depthlm_jax.cli import command
-from depthlm_jax.eval import evaluate, report
+from depthlm_jax.eval import evaluate, report, sets
 
 COLUMNS = ["delta1", "delta2", "delta3", "abs_rel", "rmse", "parse_failure_rate", "distinct", "n"]
 
@@ -20,18 +20,21 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> dict:
     config, workdir = command.read_config(values), command.read_path(values, "workdir")
-    output = Path(values.output or workdir / "evaluation")
+    output = Path(values.output or workdir / sets.FOLDER)
     this = runs.reopen(workdir, config)
     files.make_writable(output)
     step, parameters = runs.trained_parameters(this)
+    scores = _one(this, step, parameters, output) if this.config.eval.source.path or not this.config.eval.sets else {}
+    if this.config.eval.sets:
+        scores["sets"] = sets.Sets(this, output).evaluate(step, list(this.config.eval.sets), parameters, log.say)
+    return scores
+
+
+def _one(this: runs.Run, step: int, parameters: dict, output: Path) -> dict:
+    """Returns the scores of eval.source."""
     result = evaluate.evaluate(this, parameters)
     scores = evaluate.save(result, step, this.config.eval, output)
-    first = result.answers[: len(result.shown)]
-    numbers, texts = [answer.answer for answer in first], [answer.text for answer in first]
-    report.answer_sheet(result.shown, numbers, texts, output / "answers.png")
-    unit = report.UNITS[this.config.eval.task]
-    report.scatter(result.truth, result.numbers, output / "scatter.png", unit)
-    log.say(table(scores, step, unit))
+    log.say(table(scores, step, report.UNITS[this.config.eval.task]))
     ratio = scores["model"]["delta1"] / scores["best_constant"]["delta1"]
     log.say(f"δ1 is {ratio:.2f} × the best constant answer's")
     log.say(f"excluded points: {result.excluded_points} · questions not asked: {result.questions_not_asked}")

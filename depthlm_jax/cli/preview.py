@@ -9,7 +9,7 @@ import numpy as np
 from absl import flags
 
 from depthlm_jax import config as config_module
-from depthlm_jax import files, log
+from depthlm_jax import config_rules, files, log
 from depthlm_jax import run as runs
 from depthlm_jax.batch import RowShape
 from depthlm_jax.cli import command
@@ -69,7 +69,7 @@ def run(values: flags.FlagValues) -> dict:
         page.Table("Mixture", report.cells(shared, MIXTURE), planned),
         page.Table("Rows", report.cells(filled, FILL), note),
     ]
-    marked = config.data.reference.mode in config_module.MARKERS
+    marked = config.data.reference.mode in config_rules.MARKERS
     output.write_text(page.render(tables, samples, dropped, processor.tokenizer.decode, marked), encoding="utf-8")
     log.say(f"{len(samples)} samples, {len(dropped)} dropped: {output}")
     shares = {name: {key: row[f"{key} share"] for key in ("intended", "realised")} for name, row in shared}

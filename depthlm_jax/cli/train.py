@@ -14,7 +14,7 @@ from depthlm_jax.cli import command
 from depthlm_jax.data import pipeline
 from depthlm_jax.data.records import Records
 from depthlm_jax.errors import InputError
-from depthlm_jax.eval import report
+from depthlm_jax.eval import report, sets
 from depthlm_jax.train import goodput, loop, replay
 
 SPARE_SECONDS = 60
@@ -89,7 +89,7 @@ def train(config: config_module.Config, workdir: Path, watch: watchdog.Watchdog,
     this = runs.open_run(config, workdir)
     rows = sharding.host_rows(this.mesh, config.data.global_batch_rows)
     batches = pipeline.training_batches(sources, this.processor, config, rows)
-    trainer = loop.make_trainer(this.network, config, this.mesh)
+    trainer, evaluated = loop.make_trainer(this.network, config, this.mesh), sets.Sets(this)
     count = tree.count(this.network.abstract)
     trained = f", {trainer.trained:,} of them trained" if trainer.trained < count else ""
     log.say(
@@ -98,7 +98,7 @@ def train(config: config_module.Config, workdir: Path, watch: watchdog.Watchdog,
     )
     for name, records in sources.items():
         log.say(f"source {name}: {len(records):,} records, {config.data.sources[name].path}")
-    state = loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this), watch, began)
+    state = loop.run(trainer, config, workdir, batches, lambda: runs.first_parameters(this), watch, began, evaluated)
     if jax.process_index() == 0:
         report.loss_curve(log.Journal(workdir).read(), workdir / "loss.png")
         log.say(f"loss curve: {workdir / 'loss.png'}")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from depthlm_jax.config import COLORS
+from depthlm_jax.config_rules import COLORS
 from depthlm_jax.errors import InputError
 
 NORMAL_SIDE = 2000  # normalised coordinates go from 0 up to, not including, this
@@ -63,7 +63,7 @@ def draw(image: np.ndarray, points_N2: np.ndarray, mode: str, scale: int = 1, co
       points_N2: integer x, y of the query pixels, from the left and the top.
       mode: of `config.Reference`.
       scale: side in px of each of the marker's squares; 1 with the arrow is the marker of the release.
-      color: of `config.COLORS`.
+      color: of `config_rules.COLORS`.
 
     Raises:
       InputError: a marker does not fit.

@@ -4,12 +4,12 @@ import collections
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from depthlm_jax import batch as batch_contract
 from depthlm_jax import config as config_module
@@ -18,11 +18,11 @@ from depthlm_jax.data import packing, pipeline, tasks
 from depthlm_jax.data.records import open_source
 from depthlm_jax.data.transforms import Example
 from depthlm_jax.errors import InputError
-from depthlm_jax.eval import decode, metrics
+from depthlm_jax.eval import decode, metrics, report
 from depthlm_jax.run import Run
 
 SIZE_STEPS = 8  # a row's sizes are rounded up to eighths of the training row: few compilations, little padding
-SHOWN = 24  # questions whose images are kept for a picture
+SHOWN = 24  # questions whose images are kept for a picture: the first, and half as many of the best and of the worst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Answer:
     expected: float | None  # mean of the numbers that may follow eval.answer_prefix; None: none, or not asked for
     mass: float | None  # probability of those numbers
 
+    @property
+    def ratio(self) -> float:
+        """How many times too large or too small the answer is; infinite of one that cannot be read."""
+        return max(self.answer / self.truth, self.truth / self.answer) if self.answer else math.inf
+
 
 @dataclasses.dataclass
 class Result:
@@ -45,8 +50,16 @@ class Result:
 
     answers: list[Answer] = dataclasses.field(default_factory=list)
     shown: list[Example] = dataclasses.field(default_factory=list)
+    ranked: list[tuple[Answer, Example]] = dataclasses.field(default_factory=list)  # the best ones, then the worst
     excluded_points: int = 0  # no candidates, because the marker does not fit into the image
     questions_not_asked: int = 0  # because an image has too few points
+
+    def add(self, answers: list[Answer], examples: list[Example]) -> None:
+        """Takes the answers to the next questions."""
+        self.answers += answers
+        self.shown += examples[: SHOWN - len(self.shown)]
+        ranked = sorted([*self.ranked, *zip(answers, examples, strict=True)], key=lambda pair: pair[0].ratio)
+        self.ranked = ranked if len(ranked) <= SHOWN else [*ranked[: SHOWN // 2], *ranked[-(SHOWN // 2) :]]
 
     @property
     def truth(self) -> np.ndarray:
@@ -69,6 +82,10 @@ class Result:
             "questions_not_asked": self.questions_not_asked,
         }
 
+    def ranges(self) -> list[dict[str, float | None]]:
+        """Returns n, δ1 and AbsRel by range of the truth."""
+        return metrics.by_range(self.numbers, self.truth)
+
     def _metrics(self, numbers: list[float | None]) -> dict[str, float | None]:
         values = metrics.depth_metrics(numbers, self.truth, [answer.record_id for answer in self.answers])
         return {name: None if math.isnan(value) else value for name, value in values.items()}
@@ -87,24 +104,36 @@ def distinct_per_100(numbers: list[float | None]) -> float:
     return sum(1 - math.comb(count - use, drawn) / math.comb(count, drawn) for use in uses)
 
 
-def evaluate(run: Run, parameters: dict) -> Result:
+def make_decoder(run: Run) -> Callable:
+    """Returns the decoder of `evaluate`; one that is kept compiles once."""
+    settings, dtype = run.config.eval, jnp.dtype(run.config.model.compute_dtype)
+    return decode.make_decoder(run.network, dtype, settings.max_new_tokens, _ends(run), settings.expectation)
+
+
+def evaluate(
+    run: Run, parameters: dict, decoder: Callable | None = None, progress: Callable[[int, int], None] | None = None
+) -> Result:
     """Returns the answers to the questions of `eval.source`: greedy ones and, if asked for, expectations.
+
+    Several processes all have all answers.
 
     Args:
       run: config, processor, mesh and network.
       parameters: on the mesh.
+      decoder: of `make_decoder`; None: made for this once.
+      progress: is told (questions done, of how many); None: printed.
 
     Raises:
       InputError: no question can be asked.
     """
-    settings, ends = run.config.eval, _ends(run)
-    dtype = jnp.dtype(run.config.model.compute_dtype)
-    decoder = decode.make_decoder(run.network, dtype, settings.max_new_tokens, ends, settings.expectation)
-    result, progress = Result(), log.Progress("answers")
+    settings, ends, result = run.config.eval, _ends(run), Result()
+    decoder, progress = decoder or make_decoder(run), progress or log.Progress("answers")
+    mine = list(sharding.host_rows(run.mesh, settings.batch_rows))
     for examples in _groups(run, result):
-        decoded = decoder(parameters, sharding.put_batch(run.mesh, _prompts(run, examples)))
-        result.answers += _answers(run, ends, examples, jax.tree.map(np.asarray, decoded))
-        result.shown += examples[: SHOWN - len(result.shown)]
+        local = {name: array[mine] for name, array in _prompts(run, examples).items()}
+        decoded = decoder(parameters, sharding.put_batch(run.mesh, local, settings.batch_rows))
+        decoded = multihost_utils.process_allgather(decoded, tiled=True)
+        result.add(list(_answers(run, ends, examples, decoded)), examples)
         progress(len(result.answers) + result.questions_not_asked, settings.samples)
     if not result.answers:
         pairs = tasks.TASKS[settings.task].images == 2
@@ -200,9 +229,23 @@ def _round_up(value: int, step: int) -> int:
 
 
 def save(result: Result, step: int, settings: config_module.Eval, folder: Path) -> dict:
-    """Writes metrics.json, which also says what was evaluated, and predictions.jsonl; returns the former's content."""
-    report = {"step": step, "eval": dataclasses.asdict(settings), **result.scores()}
-    files.write_json(folder / "metrics.json", report)
+    """Writes metrics.json, which also says what was evaluated, predictions.jsonl and pictures; returns the former."""
+    found = {"step": step, "eval": dataclasses.asdict(settings), **result.scores()}
+    found["ranges"] = result.ranges()
+    files.make_writable(folder)
+    files.write_json(folder / "metrics.json", found)
     lines = [json.dumps(dataclasses.asdict(answer)) for answer in result.answers]
     (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
-    return report
+    half = len(result.ranked) // 2
+    sheets = {
+        "answers": list(zip(result.answers, result.shown, strict=False)),
+        "best": result.ranked[: len(result.ranked) - half],
+        "worst": result.ranked[::-1][:half],
+    }
+    for name, pairs in sheets.items():
+        if pairs:
+            answers, examples = zip(*pairs, strict=True)
+            numbers, texts = [answer.answer for answer in answers], [answer.text for answer in answers]
+            report.answer_sheet(examples, numbers, texts, folder / f"{name}.png")
+    report.scatter(result.truth, result.numbers, folder / "scatter.png", report.UNITS[settings.task])
+    return found

@@ -7,6 +7,7 @@ import numpy as np
 
 from depthlm_jax.errors import InputError
 
+EDGES_M = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0)  # ranges of true depths that are also told apart
 DELTA = 1.25  # δk: the share of points with max(p/g, g/p) < 1.25^k, strictly
 
 
@@ -47,6 +48,24 @@ def depth_metrics(predicted: Sequence[float | None], truth_m: np.ndarray, image_
         "parse_failure_rate": float(np.mean(~parsed)),
         "n": len(truth_m),
     }
+
+
+def by_range(predicted: Sequence[float | None], truth_m: np.ndarray) -> list[dict[str, float | None]]:
+    """Returns n, δ1 and AbsRel of the points in each range of true depths that has any; the last has no upper end.
+
+    Raises:
+      InputError: as `depth_metrics`.
+    """
+    truth_m = _checked(truth_m)
+    which = np.searchsorted(EDGES_M, truth_m, side="right") - 1
+    found = []
+    for place in np.unique(which):
+        chosen = np.flatnonzero(which == place)
+        values = depth_metrics([predicted[i] for i in chosen], truth_m[chosen], chosen)
+        high = EDGES_M[place + 1] if place + 1 < len(EDGES_M) else None
+        numbers = {name: None if math.isnan(values[name]) else values[name] for name in ("n", "delta1", "abs_rel")}
+        found.append({"low": EDGES_M[place], "high": high, **numbers})
+    return found
 
 
 def _ratio(p: np.ndarray, g: np.ndarray) -> np.ndarray:

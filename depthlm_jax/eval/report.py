@@ -11,7 +11,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from depthlm_jax.config import COLORS
+from depthlm_jax.config_rules import COLORS
 from depthlm_jax.data import tasks
 from depthlm_jax.data.transforms import Example
 from depthlm_jax.errors import InputError

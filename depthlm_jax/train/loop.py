@@ -96,7 +96,7 @@ def start(trainer: Trainer, parameters: dict) -> step.State:
 
 def run(
     trainer: Trainer, config: config_module.Config, workdir: Path, batches: Iterator, first_parameters: Callable,
-    watch: Watchdog | None = None, began: float | None = None,
+    watch: Watchdog | None = None, began: float | None = None, sets=None,
 ) -> step.State:  # fmt: skip
     """Returns the last state; trains from the latest checkpoint of `workdir`, or from `first_parameters()`.
 
@@ -110,11 +110,13 @@ def run(
       first_parameters: → parameters on the mesh; called where there is no checkpoint.
       watch: is told what the run waits for.
       began: time.time() of this start; None: now.
+      sets: eval.sets.Sets, evaluated on the way; None: none.
     """
     began = time.time() if began is None else began
     watch = watch or Watchdog(workdir, None, None, 0)
     about = {"environment": environment.describe(trainer.mesh)}
-    checkpoints, stop = saves.Saves(workdir, config, about), stopping.Stop()
+    scores = sets.scores if sets and config.train.keep_best else None
+    checkpoints, stop = saves.Saves(workdir, config, about, scores), stopping.Stop()
     try:
         state, skipped = _resume(trainer, config, checkpoints, batches, first_parameters, watch)
         ledger = Ledger(workdir / "goodput.jsonl" if jax.process_index() == 0 else None, int(state.step), began)
@@ -122,7 +124,9 @@ def run(
         ledger.seconds["start"] = time.time() - began
         if jax.process_index() == 0 and int(state.step) < config.train.max_steps:
             files.Lines(workdir / "starts.jsonl").add(about["environment"])
-        state = _train(trainer, config, checkpoints, batches, stop, meter, state)
+        missing = sets.missing(int(state.step)) if sets else []
+        if not missing or _evaluate(sets, missing, meter, int(state.step), state, stop):
+            state = _train(trainer, config, checkpoints, batches, stop, meter, state, sets)
     finally:
         watch.waits_for("the end of the data workers")
         batches.close()
@@ -132,7 +136,9 @@ def run(
     return state
 
 
-def _train(trainer, config, checkpoints, batches, stop, meter: Meter, state: step.State) -> step.State:
+def _train(
+    trainer, config, checkpoints, batches, stop, meter: Meter, state: step.State, sets
+) -> step.State:
     first, last, owed = int(state.step) + 1, config.train.max_steps, False
     if first > last:
         return state
@@ -143,15 +149,20 @@ def _train(trainer, config, checkpoints, batches, stop, meter: Meter, state: ste
             with meter.ledger.spend("compile") if number == first else contextlib.nullcontext():
                 state, metrics = trainer.run_step(state, batch)
             meter.add(number, metrics, rows)
-            ends = number == last or stop.after(number)
+            ends = stop.now() or number == last
             save = functools.partial(_save, checkpoints, meter, number, state, rows.about.position)
             upcoming = None if ends else _load(meter, batches, save)  # while the device computes
+            due = sets.due(number) if sets and not stop.received else []
             owed = owed or ends or number % config.train.save_steps == 0 or checkpoints.has_failed()
+            owed = owed or bool(due and sets.judge(due))
             if owed:
                 meter.flush()
             if owed and (ends or not meter.skips.in_a_row):  # else the last save is as good, and older
                 save(surely=ends)
                 owed = False
+            if due and not _evaluate(sets, due, meter, number, state, stop) and not ends:
+                save(surely=True)
+                ends = True
             if ends:
                 break
         meter.ledger.write(number)
@@ -160,6 +171,23 @@ def _train(trainer, config, checkpoints, batches, stop, meter: Meter, state: ste
     finally:
         meter.flush()
     return state
+
+
+def _evaluate(sets, due: list[str], meter: Meter, number: int, state: step.State, stop: stopping.Stop) -> bool:
+    """Returns whether the sets were evaluated; False: the run has to stop, and its next start evaluates them."""
+
+    def tell(what: str) -> None:
+        meter.watch.waits_for(what)
+        if stop.now():
+            raise stopping.Stopped
+
+    meter.flush()
+    with meter.leave_out("evaluation"), contextlib.suppress(stopping.Stopped):
+        sets.evaluate(number, due, state.parameters, tell)
+    meter.ledger.write(number)
+    if stop.received:
+        log.say(f"stopped by SIGTERM: the next start evaluates step {number}")
+    return not stop.received
 
 
 def _save(checkpoints: saves.Saves, meter: Meter, number: int, state: step.State, position, surely: bool) -> None:

@@ -1,6 +1,7 @@
 """What a run tells of its steps: metrics, rates, dropped records, steps that changed nothing."""
 
 import collections
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,14 @@ class Meter:
             placed = sharding.put_batch(self.trainer.mesh, rows.arrays, self.config.data.global_batch_rows)
         self.count_dropped(rows.about.dropped)
         return rows, placed
+
+    @contextlib.contextmanager
+    def leave_out(self, kind: str) -> Iterator[None]:
+        """Counts the time inside for the ledger, not for the rates."""
+        began = time.monotonic()
+        with self.ledger.spend(kind):
+            yield
+        self.since, self.start = (moment + time.monotonic() - began for moment in (self.since, self.start))
 
     def add(self, number: int, metrics: dict, rows) -> None:
         """Takes the metrics of a step, still on the device, and this host's rows of it."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,8 +20,8 @@ class Saves:
     Several processes stop at the first one: where a save fails on one of them, the others cannot know.
     """
 
-    def __init__(self, workdir: Path, config: config_module.Config, about: dict):
-        kept = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
+    def __init__(self, workdir: Path, config: config_module.Config, about: dict, scores: Callable | None = None):
+        kept = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every, "scores": scores}
         self.checkpoints, self.config = checkpoint.Checkpoints(workdir, **kept), config
         self.folder, self.failures, self.running = self.checkpoints.folder, 0, False
         self.limit = config.faults.failed_saves if jax.process_count() == 1 else 1

@@ -9,11 +9,15 @@ import jax
 from jax.experimental import multihost_utils
 
 
+class Stopped(Exception):
+    """What was being done need not be finished."""
+
+
 class Stop:
     """Made once, by the main thread, before the first step."""
 
     def __init__(self):
-        self.received = False
+        self.received, self.asked = False, 0
         self.together = jax.process_count() > 1
         if not self.together:  # else the service listens to the signal
             self.before = signal.signal(signal.SIGTERM, self._receive)
@@ -21,10 +25,11 @@ class Stop:
     def _receive(self, *_) -> None:
         self.received = True
 
-    def after(self, step: int) -> bool:
-        """Returns whether the run has to stop after this step; all processes ask it at every step."""
+    def now(self) -> bool:
+        """Returns whether the run has to stop here; all processes ask it at the same places."""
+        self.asked += 1
         if self.together:
-            self.received = self.received or multihost_utils.reached_preemption_sync_point(step)
+            self.received = self.received or multihost_utils.reached_preemption_sync_point(self.asked)
         return self.received
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from depthlm_jax import batch as contract
 from depthlm_jax import config as config_module
-from depthlm_jax.config import MARKERS, TASKS, TEXT_MODES
+from depthlm_jax.config_rules import MARKERS, TASKS, TEXT_MODES
 from depthlm_jax.data import camera, pipeline, plan, tasks
 from depthlm_jax.models import registry
 

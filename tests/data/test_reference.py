@@ -3,7 +3,7 @@ import doctest
 import numpy as np
 import pytest
 
-from depthlm_jax import config
+from depthlm_jax import config_rules
 from depthlm_jax.data import reference
 from depthlm_jax.data.reference import MARKERS, PLACES, draw, fits, normalise, note, place, separate
 from depthlm_jax.errors import InputError
@@ -83,8 +83,8 @@ def all_pixels(width, height):
 
 
 def test_modes_are_those_of_the_config():
-    assert tuple(MARKERS) == config.MARKERS == tuple(PICTURES)
-    assert tuple(PLACES) == (*config.MARKERS, *config.TEXT_MODES)
+    assert tuple(MARKERS) == config_rules.MARKERS == tuple(PICTURES)
+    assert tuple(PLACES) == (*config_rules.MARKERS, *config_rules.TEXT_MODES)
 
 
 @pytest.mark.parametrize("mode", PICTURES)
@@ -162,18 +162,18 @@ def test_guard_of_the_release():
     assert fits("arrow", 1, 100, 80, points).tolist() == [True, False, False, True, False, False]
 
 
-@pytest.mark.parametrize("mode", config.TEXT_MODES)
+@pytest.mark.parametrize("mode", config_rules.TEXT_MODES)
 def test_text_modes_reach_every_pixel_and_paint_none(mode):
     image = grey(40, 30)
     assert fits(mode, 8, 40, 30, all_pixels(40, 30)).all()
     assert draw(image, [(0, 0)], mode, 8) is image
 
 
-@pytest.mark.parametrize("color", config.COLORS)
+@pytest.mark.parametrize("color", config_rules.COLORS)
 def test_colours(color):
     marked = draw(grey(40, 40), [(20, 20)], "cross", 2, color)
     changed = np.any(marked != 90, axis=-1)
-    assert changed.sum() == 48 and np.all(marked[changed] == config.COLORS[color])
+    assert changed.sum() == 48 and np.all(marked[changed] == config_rules.COLORS[color])
 
 
 def test_two_points_get_a_marker_each_and_the_source_is_left_alone():
@@ -232,7 +232,7 @@ def test_places(mode, one, two):
     assert place(mode, "blue", points_N2, 640, 480) == two
 
 
-@pytest.mark.parametrize("mode", config.TEXT_MODES)
+@pytest.mark.parametrize("mode", config_rules.TEXT_MODES)
 @pytest.mark.parametrize("width, height", [(1, 1), (9, 101), (640, 1200), (2500, 3)])
 def test_no_point_has_a_longer_name_than_the_last_one(mode, width, height):
     points_N2 = all_pixels(width, height)[:: max(1, width * height // 2000)]

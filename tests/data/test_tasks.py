@@ -7,13 +7,13 @@ import re
 
 import pytest
 
-from depthlm_jax import config
+from depthlm_jax import config_rules
 from depthlm_jax.data import tasks
 from depthlm_jax.data.reference import note, place
 from depthlm_jax.data.tasks import QUESTION, TASKS, Facts, answer_text, ask, official_parse, opening, parse_answer
 from depthlm_jax.errors import InputError
 
-MODES = (*config.MARKERS, *config.TEXT_MODES)
+MODES = (*config_rules.MARKERS, *config_rules.TEXT_MODES)
 WIDTH, HEIGHT = 1148, 868
 K = (1000.0, 1000.0, 573.21, 433.07)
 METRE_CLOSING = (
@@ -118,7 +118,7 @@ WORKED = {  # task: facts, opening, core question and closing, think part, numbe
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", config.TASKS)
+@pytest.mark.parametrize("task", config_rules.TASKS)
 def test_worked_example_of_each_task(task):
     facts, images, question, think, number, truth = WORKED[task]
     assert TASKS[task].images == images
@@ -129,7 +129,7 @@ def test_worked_example_of_each_task(task):
 
 
 def test_tasks_are_those_of_the_config():
-    assert tuple(TASKS) == config.TASKS == tuple(WORKED)
+    assert tuple(TASKS) == config_rules.TASKS == tuple(WORKED)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_openings(given, expected):
     assert opening(*given) == expected
 
 
-@pytest.mark.parametrize("task, mode", list(itertools.product(config.TASKS, MODES)))
+@pytest.mark.parametrize("task, mode", list(itertools.product(config_rules.TASKS, MODES)))
 def test_every_task_in_every_mode_is_read_back(task, mode):
     rng = random.Random(f"{task} {mode}")
     for ray_first in (False, True) * 20:
@@ -217,7 +217,7 @@ def split_numbers(text):
 
 @pytest.mark.parametrize("ray_first", [False, True])
 @pytest.mark.parametrize("mode", ["arrow", "text_norm"])
-@pytest.mark.parametrize("task", config.TASKS)
+@pytest.mark.parametrize("task", config_rules.TASKS)
 def test_nothing_is_longer_than_the_widest(task, mode, ray_first):
     begin, last = opening(TASKS[task].images, None, None), [(WIDTH - 1, HEIGHT - 1)] * TASKS[task].points
     bound = tasks.widest(task, place(mode, "red", last, WIDTH, HEIGHT) if last else "", begin, note(mode), ray_first)
@@ -269,7 +269,7 @@ def test_answers_are_read_back_to_two_decimals(depth_m):
     ],
 )
 def test_only_a_positive_number_in_the_tag_is_an_answer(text, expected):
-    for task in config.TASKS:
+    for task in config_rules.TASKS:
         zero = task == "translation" and text == "<answer> 0.00 </answer>"  # a camera may stand still
         assert parse_answer(text, task) == (0.0 if zero else expected)
     assert parse_answer(text) == expected

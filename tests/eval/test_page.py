@@ -10,7 +10,7 @@ import pytest
 import worlds
 from PIL import Image
 
-from depthlm_jax.config import COLORS
+from depthlm_jax.config_rules import COLORS
 from depthlm_jax.data import reference, tasks
 from depthlm_jax.data.pipeline import Dropped
 from depthlm_jax.data.transforms import Example, Question

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from depthlm_jax.config import COLORS
+from depthlm_jax.config_rules import COLORS
 from depthlm_jax.data import reference, synthetic, tasks
 from depthlm_jax.data.transforms import Example, Question
 from depthlm_jax.errors import InputError
