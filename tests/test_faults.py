@@ -1,11 +1,14 @@
 """What pods do to a run, done to real processes: it goes on as if nothing had been, or says why it does not."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,9 +141,23 @@ def test_a_process_that_hangs_ends_the_run_and_is_named(scenes, tmp_path):
     assert "Thread 0x" in output and "loop.py" in output  # the stacks
 
 
+def spoil(disk: Path, fault: str) -> Callable[[], None]:
+    """Makes a mounted disk full or read-only, and returns what mends it."""
+    if fault == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        return lambda: subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    filler = disk / "filler"
+    with filler.open("wb") as out, contextlib.suppress(OSError):
+        while True:
+            out.write(bytes(2**16))
+            out.flush()
+    return filler.unlink
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(scenes, tmp_path, calm):
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_disk_that_takes_nothing_is_told_and_the_run_goes_on_when_it_does(scenes, tmp_path, calm, fault):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", disk], capture_output=True).returncode:
@@ -150,16 +167,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(scenes, tmp_
         job.workdir = disk / "run"
         processes = job.start(ALONE)
         job.await_steps(15, processes)
-        filler = disk / "filler"
-        with filler.open("wb") as out:
-            try:
-                while True:
-                    out.write(bytes(2**16))
-                    out.flush()
-            except OSError:
-                pass
+        mend = spoil(disk, fault)
         time.sleep(3)
-        filler.unlink()
+        mend()
         (output,) = finish(processes)
         assert "SAVE FAILED, number 1 in a row" in output, output[-3000:]
         assert_same(job, calm(ALONE))

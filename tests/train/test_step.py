@@ -87,11 +87,14 @@ def test_loss_equals_the_one_of_pytorch():
     assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(theirs), rel=1e-6)
 
 
-def test_metrics_of_a_step(parameters, batch):
-    _, metrics = take_step(parameters, batch, optax.sgd(0.1))
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_metrics_of_a_step(parameters, batch, accumulate):
+    _, metrics = take_step(parameters, batch, optax.sgd(0.1), accumulate)
+    assert metrics.keys() == step.METRICS.keys()
     weights = batch["weights_BA"]
-    expected = (losses_by_hand(parameters, batch) * weights).sum() / weights.sum()
-    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
+    terms = losses_by_hand(parameters, batch) * weights
+    np.testing.assert_allclose(metrics["loss_BA"], terms, rtol=1e-5, atol=1e-6)  # in the order of the rows
+    assert float(metrics["loss"]) == pytest.approx(terms.sum() / weights.sum(), rel=1e-6)
     assert int(metrics["num_tokens"]) == (weights > 0).sum() == 22
 
 
