@@ -6,13 +6,14 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import SECONDS, Job, Start, finish, start
+from launching import ROOT, SECONDS, Job, Start, finish, free_port, start
 
 from depthlm_jax.config import Mesh
 from depthlm_jax.train import goodput
@@ -121,6 +122,37 @@ def test_a_process_that_never_comes_is_named(scenes, tmp_path):
         assert f"error: process {number}: no progress for " in output
         assert "waiting for the other processes to connect" in output
         assert "process 2: missing, nothing is heard of it" in output
+
+
+ENDS = """
+import sys, time
+from pathlib import Path
+import jax
+from depthlm_jax.cli import train
+
+number, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", 2, number)
+jax.devices()  # which both have to ask for
+time.sleep(1000 * number)
+train.disconnect(folder, 4)
+"""
+
+
+def test_a_process_that_does_not_end_is_named(tmp_path):
+    command = [sys.executable, "-c", ENDS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    port, pipe = free_port(), subprocess.PIPE
+    first, second = (
+        subprocess.Popen([*command, str(number), str(port), tmp_path], env=environment, stderr=pipe, text=True)
+        for number in (0, 1)
+    )
+    try:
+        output = first.communicate(timeout=SECONDS)[1]
+    finally:
+        second.kill()
+        second.communicate()
+    assert first.returncode == 1 and "waiting for the other processes to end" in output
+    assert "process 1: missing, nothing is heard of it" in output
 
 
 @pytest.mark.slow
