@@ -25,7 +25,7 @@ LEVELS = (
     ("models.registry", "data.pipeline", "sharding", "log", "checkpoint", "watchdog", "lock", "environment"),
     ("run",),
     ("train.", "eval."),
-    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench."),
+    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench.", "launch."),
     ("cli.",),
     ("__main__",),
 )
