@@ -190,8 +190,8 @@ follow() {
     sleep "$poll"
   done
   said=$(on_all "$worker state" 2>/dev/null) || said+=$'\nunreached'
-  said=$(grep -Eo 'running|none|ended [0-9]+|unreached' <<<"$said" | sort | uniq -c)
-  echo "workers: ${said//$'\n'/,}"
+  said=$(grep -Eo 'running|none|ended [0-9]+|unreached' <<<"$said" | sort | uniq -c | sed 's/^ *//')
+  echo "workers: ${said//$'\n'/, }"
   if ! grep -qv ' ended 0$' <<<"$said"; then ending="done"; return; fi
   for ((looks = 0; looks < patience; looks++)); do
     if lost; then ending=lost; return; fi

@@ -105,8 +105,8 @@ def start(folder: Path) -> Iterator[Cluster]:
         **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "XLA_FLAGS"))},
         "SLURM_CONF": str(conf), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }  # fmt: skip
-    munge = [f"--{name}={folder}/munge.{end}" for name, end in
-             (("socket", "socket"), ("key-file", "key"), ("log-file", "log"), ("pid-file", "pid"), ("seed-file", "seed"))]
+    files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
+    munge = [f"--{name}={folder}/munge.{end}" for name, end in files.items()]
     commands = (["munged", "--foreground", "--force", *munge], ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-c"])
     daemons = []
     try:
@@ -136,5 +136,6 @@ def start(folder: Path) -> Iterator[Cluster]:
 def _await(condition, folder: Path, seconds: float = 60) -> None:
     limit = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < limit, [file.read_text()[-2000:] for file in (*folder.glob("*.log"), *folder.glob("*.out"))]
+        logs = (*folder.glob("*.log"), *folder.glob("*.out"))
+        assert time.monotonic() < limit, [file.read_text()[-2000:] for file in logs]
         time.sleep(0.2)

@@ -1,6 +1,5 @@
 """launch: a training run on a cluster, or what would be run there."""
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from depthlm_jax import config as config_module
 from depthlm_jax import log
 from depthlm_jax.cli import command
 from depthlm_jax.errors import InputError
+from depthlm_jax.launch import checks, place, submit
 from depthlm_jax.launch import job as jobs
-from depthlm_jax.launch import place, submit
-from depthlm_jax.launch.targets import TARGETS, Start
+from depthlm_jax.launch.targets import TARGETS
 from depthlm_jax.plan import topology
 
 WORDS = {
@@ -43,7 +42,7 @@ def run(values: flags.FlagValues) -> dict:
     config = command.read_config(values)
     command.read_path(values, "workdir")
     target = _target(values)
-    if Path.cwd() != jobs.ROOT:
+    if not Path.cwd().samefile(jobs.ROOT):
         raise InputError(
             "launch: not at the root of the repository", found=Path.cwd(), expected=jobs.ROOT,
             fix=f"cd {jobs.ROOT}: what is launched looks for launch/, configs/ and .venv there",
@@ -60,7 +59,7 @@ def run(values: flags.FlagValues) -> dict:
     if target == "slurm":
         submit.make_log_folder(Path(job.workdir))
     said = submit.submit(start)
-    log.say(_next_steps(target, job, said, start))
+    log.say(_next_steps(target, job, said))
     return result | {"said": said}
 
 
@@ -68,19 +67,22 @@ def read_job(values: flags.FlagValues, config: config_module.Config) -> jobs.Job
     """Returns the job that the flags ask for, checked."""
     workdir, cloud = values.workdir, values.target in ("gke", "tpu_vm")
     name = values.name or jobs.name_of(workdir)
-    jobs.check_words({"name": name} | {word: values[word].value for word in ("image", "queue", "accelerator", "volume")})
-    jobs.check_workdir(workdir)
+    words = {word: values[word].value for word in ("image", "queue", "accelerator")}
+    checks.check_words({"name": name} | words | ({f"volume {values.target}": values.volume} if cloud else {}))
+    checks.check_workdir(workdir)
     if cloud:
-        jobs.check_mounted(values["config"].config_filename, workdir)
+        checks.check_mounted(values["config"].config_filename, workdir)
     where, kind = _place(values)
+    if values.target == "gke":
+        checks.check_joined(where)
     if values.target != "local":  # which sees its own devices
-        jobs.check_mesh(config, where)
+        checks.check_mesh(config, where)
     recipe = values["config"].config_filename
     given = command.overrides(values, sys.argv[1:])
     train = (f"--config={recipe}", *given, f"--workdir={workdir}")
     return jobs.Job(
         name, train, workdir, where, kind, values.image, values.volume, values.queue, values.spot,
-        tuple(shlex.split(values.options)),
+        checks.split_options(values.options),
     )  # fmt: skip
 
 
@@ -104,6 +106,8 @@ def _target(values: flags.FlagValues) -> str:
 
 def _place(values: flags.FlagValues) -> tuple[place.Place, str]:
     """Returns where it runs, and what queued resources call one of its slices."""
+    if values.topology and (values.nodes or values.gpus):
+        raise command.UsageError("--topology is of TPUs, --nodes and --gpus of others: give one or the other")
     if values.topology:
         slices = topology.parse(values.topology)
         kind = place.accelerator_type(slices) if values.target == "tpu_vm" else ""
@@ -113,7 +117,9 @@ def _place(values: flags.FlagValues) -> tuple[place.Place, str]:
     return place.of_nodes(values.nodes or 1, values.gpus or 0, values.accelerator), ""
 
 
-def _next_steps(target: str, job: jobs.Job, said: str, start: Start) -> str:
+def _next_steps(target: str, job: jobs.Job, said: str) -> str:
+    """Returns what the scheduler has said, where the log is and how to stop the job."""
     if target == "slurm":
         return f"job {said}: log {job.workdir}/slurm-{said}.log; squeue --jobs={said}; scancel {said}"
-    return f"{said}\nkubectl get jobset {job.name}; kubectl logs -f job/{job.name}-slice-0; kubectl delete jobset {job.name}"
+    first = f"{job.name}-slice-0"
+    return f"{said}\nkubectl get jobset {job.name}; kubectl logs -f job/{first}; kubectl delete jobset {job.name}"

@@ -8,14 +8,12 @@ from pathlib import Path
 from depthlm_jax.errors import InputError
 from depthlm_jax.launch.targets import Start, Target
 
-PROGRAMS = {"tpu_vm": "gcloud", "slurm": "sbatch", "gke": "kubectl"}
-
 
 def check_installed(name: str, target: Target) -> None:
-    """Raises InputError if the program that submits is not here."""
-    if name in PROGRAMS and shutil.which(PROGRAMS[name]) is None:
+    """Raises InputError if the program that reaches a target is not here."""
+    if target.program and shutil.which(target.program) is None:
         raise InputError(
-            f"launch: no {PROGRAMS[name]} on this machine", found=f"{PROGRAMS[name]} is not on PATH",
+            f"launch: no {target.program} on this machine", found=f"{target.program} is not on PATH",
             expected=f"a machine from which --target={name} is reached",
             fix=f"install {target.install}, or see what would run with --dry_run",
         )  # fmt: skip

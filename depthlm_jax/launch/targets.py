@@ -31,7 +31,8 @@ class Target:
     start: Callable[[Job], Start]
     takes: tuple[str, ...] = ()  # flags, beside those of every target
     needs: tuple[str, ...] = ()  # of these
-    install: str = ""  # what provides its command
+    program: str = ""  # that reaches it
+    install: str = ""  # what that is a part of
 
 
 def local(job: Job) -> Start:
@@ -39,7 +40,8 @@ def local(job: Job) -> Start:
 
 
 def slurm(job: Job) -> Start:
-    options = [f"--job-name={job.name}", f"--output={job.workdir}/slurm-%j.log", f"--nodes={job.place.hosts}"]
+    options = [f"--job-name={job.name}", f"--output={job.workdir}/slurm-%j.log", f"--nodes={job.place.hosts}",
+               "--ntasks-per-node=1"]  # fmt: skip
     if job.place.chips:
         options.append(f"--gpus-per-node={job.place.chips}")
     if job.queue:
@@ -84,12 +86,15 @@ def _container_command(job: Job, host: str) -> list[str]:
 CLOUD = ("volume", "spot")
 TARGETS = {
     "local": Target(local),
-    "slurm": Target(slurm, ("name", "nodes", "gpus", "queue", "options"), install="SLURM's client commands"),
+    "slurm": Target(
+        slurm, ("name", "nodes", "gpus", "queue", "options"), (), "sbatch", "SLURM's commands (slurm-client on Debian)"
+    ),
     "gke": Target(
         gke, ("name", "topology", "nodes", "gpus", "accelerator", "image", "queue", *CLOUD), ("image", "volume"),
-        "kubectl (kubernetes.io/docs/tasks/tools)",
+        "kubectl", "Kubernetes' tools (kubernetes.io/docs/tasks/tools)",
     ),
     "tpu_vm": Target(
-        tpu_vm, ("name", "topology", *CLOUD), ("topology", "volume"), "the Google Cloud CLI (cloud.google.com/sdk)"
+        tpu_vm, ("name", "topology", *CLOUD), ("topology", "volume"),
+        "gcloud", "the Google Cloud CLI (cloud.google.com/sdk)",
     ),
 }  # fmt: skip
