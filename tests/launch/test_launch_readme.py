@@ -1,4 +1,4 @@
-"""Every command in launch/README.md is run as it is printed; they are dry runs, but for `plan`, which is tested elsewhere."""
+"""Every command in launch/README.md is run as it is printed; all but one are dry runs."""
 
 import re
 import shlex
