@@ -26,7 +26,7 @@ LEVELS = (
     ("run",),
     ("eval.",),
     ("train.",),
-    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench."),
+    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench.", "launch."),
     ("cli.",),
     ("__main__",),
 )
