@@ -19,13 +19,14 @@ PACKAGE = "depthlm_jax"
 LEVELS = (
     ("errors",),
     ("files", "config_errors"),
+    ("html_page",),
     ("config", "batch", "tree", "models", "chips", "compiler"),
     ("hf", "parameter_groups", "same_run"),
     ("data.", "models."),
     ("models.registry", "data.pipeline", "sharding", "log", "checkpoint", "watchdog", "lock", "environment"),
     ("run",),
     ("train.", "eval."),
-    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench."),
+    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench.", "overview."),
     ("cli.",),
     ("__main__",),
 )

@@ -4,7 +4,6 @@ A start writes what it has spent so far whenever it writes metrics, when it has 
 leaves its last line. Steps that a later start had to do again are lost, and so is what came after the last line.
 """
 
-import json
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +38,7 @@ class Ledger:
 def summary(file: Path) -> dict[str, float]:
     """Returns seconds by kind over all starts, those of lost steps as `lost`, and the number of starts."""
     starts: dict[float, list[dict]] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
-        record = json.loads(line)
+    for record in files.read_lines(file)[0]:
         starts.setdefault(record["began"], []).append(record)
     total = dict.fromkeys((*SPENT, "lost"), 0.0)
     ordered = [starts[began] for began in sorted(starts)]
