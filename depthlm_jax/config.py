@@ -184,6 +184,12 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Track:
+    tensorboard: bool = True  # event files in workdir/tensorboard
+    wandb_project: str = ""  # of Weights & Biases, whose own environment variables say who and where; empty: none
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     model: Model = Model()
     data: Data = Data()
@@ -192,6 +198,7 @@ class Config:
     eval: Eval = Eval()
     mesh: Mesh = Mesh()
     faults: Faults = Faults()
+    track: Track = Track()
 
 
 TASKS = tuple(field.name for field in dataclasses.fields(Tasks))
@@ -229,8 +236,7 @@ AMOUNTS = (
     "model.seed", "train.seed", "eval.seed", "data.max_bad_records", "data.read_threads", "data.prefetch_rows",
     "data.geometry.focal_px", "train.digit_weight", "optim.learning_rate", "optim.weight_decay", "data.workers",
     "data.mixture.size_cap", "data.sources.*.weight", "model.lora.alpha", "train.gradient_accumulation_steps",
-    "mesh.replica", "optim.groups.*.factor", "faults.silent_seconds",
-    "train.keep_every",
+    "mesh.replica", "optim.groups.*.factor", "faults.silent_seconds", "train.keep_every",
 )  # fmt: skip
 RANGES = {  # of numbers, both ends included
     **dict.fromkeys(COUNTS, COUNT),

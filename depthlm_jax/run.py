@@ -153,7 +153,7 @@ def reopen(workdir: Path, wanted: config_module.Config | None = None) -> Run:
     Raises:
       InputError: there is no run.
     """
-    saved = saved_config(workdir)
+    saved = same_run.saved_config(workdir)
     if wanted is None:  # the model itself will not run
         model = dataclasses.replace(saved.model, attention="xla")
         alone = dataclasses.replace(saved, mesh=config_module.Mesh(1, 1, 1), model=model)
@@ -163,17 +163,6 @@ def reopen(workdir: Path, wanted: config_module.Config | None = None) -> Run:
     model = dataclasses.replace(saved.model, attention=wanted.model.attention)
     config = dataclasses.replace(saved, mesh=wanted.mesh, eval=wanted.eval, model=model)
     return connect(config, workdir, jax.devices(), wanted.eval.batch_rows, "eval.batch_rows")
-
-
-def saved_config(workdir: Path) -> config_module.Config:
-    """Returns the config that the run of a workdir was trained with; raises InputError if there is no run."""
-    file = workdir / "config.json"
-    if not file.exists():
-        raise InputError(
-            f"{workdir}: no run here", found=sorted(file.name for file in workdir.glob("*")) or "nothing",
-            expected="config.json, base/ and checkpoints/ of a training run", fix="train first, or correct --workdir",
-        )  # fmt: skip
-    return config_module.load(file)
 
 
 def host_device() -> list:

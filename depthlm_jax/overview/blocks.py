@@ -48,8 +48,10 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Charts:
+    """Beside each other, where there is room."""
+
     kind: ClassVar = "charts"
-    charts: list[dict]  # of overview.chart
+    charts: list[dict | Table]  # of overview.chart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,8 @@ STYLE = (
     + " ".join(f".s{place} {{ --c: var(--s{place}); }}" for place in range(6))
     + """ .reference { --c: var(--grey); }
 .under { color: var(--grey); margin-top: 0; } section { margin-top: 2.2rem; } h3 { margin: 1.2rem 0 .2rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.2rem, 1fr)); gap: .6rem; margin: 1rem 0; }
+.charts h3 { margin-top: 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.6rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .facts div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .7rem;
   min-width: 0; overflow-wrap: anywhere; }
 .facts dt { color: var(--grey); font-size: .87rem; }
@@ -107,10 +110,10 @@ svg text { fill: var(--grey); font-variant-numeric: tabular-nums; } .grid { stro
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .87rem; margin: .2rem 0; padding: 0; }
 .legend span, td .key { white-space: nowrap; } .legend span { overflow: hidden; text-overflow: ellipsis; }
 .key svg { display: inline-block; width: 24px; height: 10px; vertical-align: middle; margin-right: .4rem; }
-td .bar { display: block; height: .28rem; margin-top: .15rem; border-radius: .14rem; background: var(--s0);
-  min-width: 1px; } td.has-bar { min-width: 6.5rem; }
+td .bar { display: block; height: .28rem; margin-top: .15rem; border-radius: .14rem; background: var(--s0); }
+td { vertical-align: top; } td:first-child { min-width: 6.5rem; } td.has-bar { min-width: 5.5rem; }
 .words td, .words th { text-align: left; vertical-align: top; } .words td:first-child { white-space: nowrap; }
-.words td { overflow-wrap: anywhere; min-width: 5rem; max-width: 34rem; } thead th { font-weight: 600; }
+.words td { overflow-wrap: anywhere; min-width: 6rem; max-width: 34rem; } thead th { font-weight: 600; }
 .stack { display: flex; height: 1.7rem; border-radius: .35rem; overflow: hidden; gap: 1px; margin: .4rem 0; }
 .stack i { background: var(--c); min-width: 1px; } .swatch { display: inline-block; width: .75rem; height: .75rem;
   border-radius: .15rem; background: var(--c); margin-right: .35rem; vertical-align: -.06rem; }
@@ -188,8 +191,9 @@ TEMPLATE = (
 {% elif block.kind == "facts" %}<dl class="facts">{% for name, value, note in block.facts %}
 <div><dt>{{ name }}</dt><dd class="value">{{ value }}</dd><dd class="grey">{{ note }}</dd></div>{% endfor %}</dl>
 {% elif block.kind == "table" %}{{ table_of(block) }}
-{% elif block.kind == "charts" %}<div class="charts">{% for chart in block.charts %}{{ chart_of(chart)
-}}{% endfor %}</div>
+{% elif block.kind == "charts" %}<div class="charts">{% for item in block.charts %}
+{% if item.kind is defined %}<div>{{ table_of(item) }}</div>{% else %}{{ chart_of(item) }}{% endif %}
+{% endfor %}</div>
 {% elif block.kind == "stack" %}<div class="stack" role="img" aria-label="{{ block.title }}: {% for name, _, text, _
 in block.parts %}{{ name }} {{ text }}; {% endfor %}">{% for name, share, text, color in block.parts %}<i class="s{{
 color }}" style="flex: {{ share }} 1 0" title="{{ name }}: {{ text }}"></i>{% endfor %}</div>

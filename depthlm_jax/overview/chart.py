@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from matplotlib import ticker
 
 from depthlm_jax.eval.metrics import DELTA
-from depthlm_jax.eval.report import Judged
 
 WIDTH, HEIGHT, SQUARE = 380, 220, 380  # px; a chart is shown about as large, so that its letters can be read
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 26, 34  # px between the frame and what is drawn
@@ -82,31 +81,34 @@ def line_chart(title: str, unit: str, lines: list[Line], *, log: bool = False, z
     }  # fmt: skip
 
 
-def scatter_chart(title: str, unit: str, truth: Sequence[float], judged: Judged, names: Sequence[str]) -> dict:
+def scatter_chart(
+    title: str, unit: str, points: Points, groups: dict[str, Sequence[int]], names: Sequence[str], edges: tuple
+) -> dict:
     """Returns answers against the truth on log axes, with the band that δ1 counts as right.
 
     Args:
       title: what is drawn.
       unit: of truth and answers.
-      truth: > 0.
-      judged: of the answers.
+      points: (truth, answer), inside the edges.
+      groups: one of SHAPES → which points are of it.
       names: of the points, in words.
+      edges: of both axes.
     """
-    low, high = judged.low, judged.high
+    low, high = edges
     across, upward = Axis(low, high, True, LEFT, SQUARE - RIGHT), Axis(low, high, True, SQUARE - BOTTOM, TOP)
-    every = -(-len(truth) // MOST_DRAWN)
+    every = -(-len(points) // MOST_DRAWN)
     marks = [
-        {"d": f"M{across.at(truth[i])},{upward.at(judged.shown[i])}{SHAPES[group]}", "group": group, "name": names[i]}
-        for group, chosen in judged.groups.items() for i in range(0, len(truth), every) if chosen[i]
+        {"d": f"M{across.at(points[i][0])},{upward.at(points[i][1])}{SHAPES[group]}", "group": group, "name": names[i]}
+        for group, chosen in groups.items() for i in chosen if i % every == 0
     ]  # fmt: skip
     below, above = [(low * DELTA, low), (high, high / DELTA)], [(high / DELTA, high), (low, low * DELTA)]
     band = [(low, low), *below, (high, high), *above]
-    counts = {group: int(chosen.sum()) for group, chosen in judged.groups.items() if chosen.any()}
+    counts = {group: len(chosen) for group, chosen in groups.items() if len(chosen)}
     said = ", ".join(f"{count} {group}" for group, count in counts.items())
     return _frame(title, f"answer ({unit})", f"truth ({unit})", SQUARE, across, upward) | {
         "marks": marks, "groups": [{"name": name, "d": SHAPES[name], "count": counts[name]} for name in counts],
         "band": " ".join(f"{across.at(x)},{upward.at(y)}" for x, y in band),
-        "text": f"{title} against the truth in {unit}, of {len(truth)} points: {said}.",
+        "text": f"{title} against the truth in {unit}, of {len(points)} points: {said or 'none could be read'}.",
         "note": f"every {every}th point is drawn" if every > 1 else "",
     }  # fmt: skip
 
@@ -174,5 +176,5 @@ def _linear_ticks(low: float, high: float, whole: bool) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if high < 200 * low else (1,)
+    digits = (1, 2, 5) if high < 2000 * low else (1,)
     return [digit * 10.0**power for power in powers[:: max(1, len(powers) // 6)] for digit in digits]

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from depthlm_jax import html_page
 from depthlm_jax.eval import report
 from depthlm_jax.overview import chart
@@ -20,17 +22,14 @@ SHOWN, CHARACTERS = 20, 200  # of unreadable answers, and of each
 
 def last_scores(run: History, name: str) -> dict[str, float | None] | None:
     """Returns δ1 of the last evaluation of a set, and that of the best constant answer; None where there is none."""
-    found = run.scores(name) if name in run.evaluations else []
-    constant = run.scores(name, "best_constant") if found else []
+    found, constant = run.scores(name), run.scores(name, "best_constant")
     return {"delta1": found[-1][1], "constant": constant[-1][1] if constant else None} if found else None
 
 
 def score_chart(runs: list[History], names: list[str], name: str) -> dict | None:
     """Returns δ1 over steps on one set, of one run or several; None where nothing was evaluated twice."""
     having = [(place, run) for place, run in enumerate(runs) if name in run.evaluations]
-    lines = [
-        chart.Line(names[place] if len(runs) > 1 else "model", run.scores(name), place) for place, run in having
-    ]
+    lines = [chart.Line(names[place] if len(runs) > 1 else "model", run.scores(name), place) for place, run in having]
     if len(runs) == 1:
         lines.append(chart.Line("expectation", runs[0].scores(name, "expectation"), 1))
     constant = next((found for _, run in having if (found := run.scores(name, "best_constant"))), [])
@@ -45,13 +44,9 @@ def evaluation_section(run: History, name: str) -> Section:
     lines, answers = run.evaluations.get(name, []), run.answers.get(name, Answers())
     task = lines[-1].get("task") if lines else None
     unit = report.UNITS.get(task, "m")
-    charts = [score_chart([run], [""], name), _scatter(answers, unit)]
-    blocks = [Charts([one for one in charts if one])] if any(charts) else []
-    if lines:
-        blocks.insert(0, Table("", _score_lines(lines, unit)))
-        blocks += _ranges(lines[-1], unit)
-    else:
-        blocks.insert(0, Text("No scores: evaluations.jsonl has no line of this set."))
+    blocks = [Table("", _score_lines(lines, unit))] if lines else [Text("No scores: no evaluation of it was recorded.")]
+    charts = [score_chart([run], [""], name), _scatter(answers, unit), *_ranges(lines[-1:], unit)]
+    blocks.append(Charts([one for one in charts if one]))
     heading = f"Evaluation: {name}" + (f", {task}" if task else "")
     return Section(heading, [*blocks, *_unreadable(answers), *_pictures(answers)])
 
@@ -65,7 +60,7 @@ def _score_lines(lines: list[dict], unit: str) -> list[list[str]]:
     rows.append((f"expectation, step {last['step']:,}", last["scores"].get("expectation")))
     constant = last["scores"].get("best_constant") or {}
     answer = f", {constant['answer']:.2f} {unit}" if is_number(constant.get("answer")) else ""
-    rows.append((f"best constant answer{answer}", constant))
+    rows.append((f"best constant{answer}", constant))
     _, *cells = report.cells([(text, scores) for text, scores in rows if scores], list(COLUMNS))
     return [["", *COLUMNS.values()], *cells]
 
@@ -75,15 +70,15 @@ def _delta1(line: dict) -> float:
     return value if is_number(value) else -math.inf
 
 
-def _ranges(line: dict, unit: str) -> list[Table]:
+def _ranges(last: list[dict], unit: str) -> list[Table]:
     rows = []
-    for part in line.get("ranges") or []:
+    for part in (part for line in last for part in line.get("ranges") or []):
         low, high, delta1, error = (part.get(key) for key in ("low", "high", "delta1", "abs_rel"))
         text = f"{low:g} – {high:g}" if is_number(high) else f"{low:g} or more"
         bar = Bar(f"{delta1:.3f}", delta1) if is_number(delta1) else "–"
         rows.append([text, bar, f"{error:.3f}" if is_number(error) else "–", str(part.get("n", "–"))])
     header = [f"truth ({unit})", "δ1", "AbsRel", "n"]
-    return [Table(f"By range of the truth, step {line['step']:,}", [header, *rows])] if rows else []
+    return [Table(f"By range of the truth, step {last[0]['step']:,}", [header, *rows])] if rows else []
 
 
 def _scatter(answers: Answers, unit: str) -> dict | None:
@@ -96,7 +91,10 @@ def _scatter(answers: Answers, unit: str) -> dict | None:
         + ("unreadable" if line.get("answer") is None else f"{chart.brief(line['answer'])} {unit}")
         for line in answers.predictions
     ]
-    return chart.scatter_chart("Answers", unit, truth, report.judge(truth, said), names)
+    judged = report.judge(truth, said)
+    points = list(zip(truth, judged.shown.tolist(), strict=True))
+    groups = {group: np.flatnonzero(chosen).tolist() for group, chosen in judged.groups.items()}
+    return chart.scatter_chart("Answers", unit, points, groups, names, (judged.low, judged.high))
 
 
 def _unreadable(answers: Answers) -> list[Fold]:

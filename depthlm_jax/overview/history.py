@@ -5,9 +5,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from depthlm_jax import checkpoint, files, parameter_groups, tree
+from depthlm_jax import checkpoint, files, parameter_groups, same_run, tree
 from depthlm_jax import config as config_module
-from depthlm_jax import run as runs
 from depthlm_jax.data import mixture
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import processor, registry
@@ -59,7 +58,8 @@ class History:
 
     def scores(self, name: str, which: str = "model") -> list[tuple[float, float]]:
         """Returns (step, δ1) of the evaluations of a set, of the `model` or of another key of their scores."""
-        pairs = ((line["step"], (line["scores"].get(which) or {}).get("delta1")) for line in self.evaluations[name])
+        lines = self.evaluations.get(name, [])
+        pairs = ((line["step"], (line["scores"].get(which) or {}).get("delta1")) for line in lines)
         return [(step, value) for step, value in pairs if is_number(value)]
 
 
@@ -69,7 +69,7 @@ def is_number(value: object) -> bool:
 
 def read(workdir: Path) -> History:
     """Returns the history of a run; raises InputError if the folder holds none."""
-    config = runs.saved_config(workdir)
+    config = same_run.saved_config(workdir)
     remarks: list[str] = []
 
     def lines(file: Path) -> list[dict]:

@@ -21,8 +21,9 @@ CURVES = (  # metric, title, unit, factor, log axis, from zero
     ("mfu", "Model FLOP utilisation", "% of the peak", 100, False, True),
 )
 KINDS = {"step": 0, "data": 1, "compile": 4, "start": 5, "save": 2, "lost": 3}  # of time → colour
+COMPARED = ("loss", "samples_per_second")  # of several runs, in their table
 SHOWN = 20  # of long lists
-VERSIONS = ("revision", "python", "jax", "libtpu", "flax", "optax", "transformers")
+VERSIONS = ("python", "jax", "libtpu", "flax", "optax", "transformers")
 USERS_OWN = ("model.hf_config.",)  # what is not a choice of this code's fields
 
 
@@ -133,14 +134,11 @@ def _mixture(run: History) -> Section:
             found[name] += (record["step"] - before) * record.get(f"share/{name}", 0.0)
         before = record["step"]
     total = sum(found.values())
-    lines = [["source", "weight", "intended share", "realised share", "last loss"]]
+    lines = [["source", "weight", "intended share", "realised share"]]
     for name, source in run.config.data.sources.items():
-        losses = run.values(f"loss/{name}")
-        lines.append([
-            name, f"{source.weight:g}",
-            _share(run.shares.get(name, 0.0 if run.shares else None)), _share(found[name] / total if total else None),
-            chart.brief(losses[-1][1]) if losses else "–",
-        ])  # fmt: skip
+        intended = run.shares.get(name, 0.0) if run.shares else None
+        realised = found[name] / total if total else None
+        lines.append([name, f"{source.weight:g}", _share(intended), _share(realised)])
     blocks = [Table("", lines)]
     if not run.shares:
         blocks.append(Text("Shares go by sizes here: what is intended is known from the first checkpoint on."))
@@ -175,11 +173,12 @@ def _faults(run: History) -> Section:
             ids = [one for other in run.skipped if other["step"] == step for one in other.get("record_ids", [])]
             more = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
             lines.append([str(step), str(line.get("loss")), str(line.get("grad_norm")), ", ".join(ids[:4]) + more])
-        blocks.append(Table(f"{len(steps)} steps changed nothing: loss or gradient was not finite", lines, words=True))
+        title = f"Steps that changed nothing, as loss or gradient was not finite: {len(steps)}"
+        blocks.append(Table(title, lines, words=True))
     if run.bad:
         lines = [["record", "what is wrong"]]
         lines += [[str(line.get("record")), str(line.get("reason"))] for line in run.bad[:SHOWN]]
-        blocks.append(Table(f"{len(run.bad)} records were left out", lines, words=True))
+        blocks.append(Table(f"Records that were left out: {len(run.bad)}", lines, words=True))
     for name, count in (("steps", len({line["step"] for line in run.skipped})), ("records", len(run.bad))):
         if count > SHOWN:
             blocks.append(Text(f"Of {count} {name} the first {SHOWN} are shown."))
@@ -201,14 +200,14 @@ def _config(run: History) -> Section:
 def _starts(run: History) -> Section:
     if not run.starts:
         return Section("Starts", [Text("None is recorded.")])
-    lines = [["time", "command", "mesh", *VERSIONS]]
+    lines = [["time", "command", "devices", "revision", "versions"]]
     for start in run.starts[-SHOWN:]:
-        mesh = " × ".join(f"{name} {size}" for name, size in start.get("mesh", {}).items())
+        mesh = ", ".join(f"{name} {size}" for name, size in start.get("mesh", {}).items())
+        where = f"{start.get('device')}, {start.get('processes')} process(es): {mesh}"
         revision = str(start.get("revision") or "–")
         revision = revision[:10] + "+" * revision.endswith("+")
-        versions = [revision, *(str(start.get(name) or "–") for name in VERSIONS[1:])]
-        where = f"{mesh} on {start.get('processes')} × {start.get('device')}"
-        lines.append([str(start.get("time")), str(start.get("command")), where, *versions])
+        versions = ", ".join(f"{name} {start[name]}" for name in VERSIONS if start.get(name))
+        lines.append([str(start.get("time")), str(start.get("command")), where, revision, versions])
     more = [Text(f"The last {SHOWN} of {len(run.starts)}.")] if len(run.starts) > SHOWN else []
     return Section("Starts", [Table("", lines, words=True), *more])
 
@@ -220,17 +219,14 @@ def _overview(runs: list[History], names: list[str]) -> Table:
     sets = sorted({name for run in runs for name in run.sets})
     lines = [["run", "steps", "loss", "samples/s", "parameters", *(f"δ1, {name}" for name in sets)]]
     for place, (run, name) in enumerate(zip(runs, names, strict=True)):
-        numbers = [chart.brief(found[-1][1]) if found else "–" for found in map(run.values, _COLUMNS)]
-        scores = [last_scores(run, name) if name in run.sets else None for name in sets]
+        numbers = [chart.brief(found[-1][1]) if found else "–" for found in map(run.values, COMPARED)]
+        scores = [last_scores(run, name) for name in sets]
         lines.append([
             Key(name, **chart.style(place)), f"{run.step:,} of {run.config.train.max_steps:,}", *numbers,
             _count(run.parameters[0]) if run.parameters else "–",
             *(Bar(f"{one['delta1']:.3f}", one["delta1"]) if one else "–" for one in scores),
         ])  # fmt: skip
     return Table("", lines)
-
-
-_COLUMNS = ("loss", "samples_per_second")
 
 
 def _differences(runs: list[History], names: list[str]) -> Section:

@@ -42,7 +42,7 @@ def summary(file: Path) -> dict[str, float]:
         starts.setdefault(record["began"], []).append(record)
     total = dict.fromkeys((*SPENT, "lost"), 0.0)
     ordered = [starts[began] for began in sorted(starts)]
-    for records, following in zip(ordered, [*ordered[1:], None], strict=True):
+    for records, following in zip(ordered, [*ordered[1:], None], strict=False):
         kept_until = following[0]["from_step"] if following else records[-1]["step"]
         kept = next((record for record in reversed(records) if record["step"] <= kept_until), None)
         spent = kept["seconds"] if kept else dict.fromkeys(SPENT, 0.0)

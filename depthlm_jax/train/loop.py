@@ -159,6 +159,7 @@ def _train(trainer, config, checkpoints, batches, stop, meter: Meter, state: ste
             log.say(f"stopped by SIGTERM after step {number}/{last}, which is saved: start it again and it goes on")
     finally:
         meter.flush()
+        meter.tracker.close()
     return state
 
 
