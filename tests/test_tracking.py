@@ -96,10 +96,10 @@ def test_a_full_disk_raises_in_the_writer_and_not_in_the_run(tmp_path, capsys):
     tracker.scalars(1, {"loss": 1.0})
     records = tracker.opened["TensorBoard"].writer._py_recordio_writer
     records._writer.close()
-    records._writer = Path("/dev/full").open("wb")
-    for step in range(2, 40):  # more than any queue holds
-        tracker.scalars(step, {"loss": 1.0})
-    tracker.close()
+    with Path("/dev/full").open("wb", buffering=0) as records._writer:
+        for step in range(2, 40):  # more than any queue holds
+            tracker.scalars(step, {"loss": 1.0})
+        tracker.close()
     assert capsys.readouterr().out.count("No space left on device") == 1
 
 
