@@ -112,8 +112,10 @@ svg text { fill: var(--grey); font-variant-numeric: tabular-nums; } .grid { stro
 .key svg { display: inline-block; width: 24px; height: 10px; vertical-align: middle; margin-right: .4rem; }
 td .bar { display: block; height: .28rem; margin-top: .15rem; border-radius: .14rem; background: var(--s0); }
 td { vertical-align: top; } td:first-child { min-width: 6.5rem; } td.has-bar { min-width: 5.5rem; }
-.words td, .words th { text-align: left; vertical-align: top; } .words td:first-child { white-space: nowrap; }
-.words td { overflow-wrap: anywhere; min-width: 6rem; max-width: 34rem; } thead th { font-weight: 600; }
+.words td, .words th { text-align: left; vertical-align: top; } td + td { white-space: nowrap; }
+.words td + td { white-space: normal; } @media (min-width: 40rem) { .words td:first-child { white-space: nowrap; } }
+.words td { overflow-wrap: anywhere; min-width: 3.5rem; max-width: 34rem; } .words td.long { min-width: 15rem; }
+ thead th { font-weight: 600; }
 .stack { display: flex; height: 1.7rem; border-radius: .35rem; overflow: hidden; gap: 1px; margin: .4rem 0; }
 .stack i { background: var(--c); min-width: 1px; } .swatch { display: inline-block; width: .75rem; height: .75rem;
   border-radius: .15rem; background: var(--c); margin-right: .35rem; vertical-align: -.06rem; }
@@ -171,7 +173,8 @@ TABLE = """
 <div class="wide" tabindex="0"><table{% if table.words %} class="words"{% endif %}>
 <thead><tr>{% for cell in table.lines[0] %}<th scope="col">{{ cell_of(cell) }}</th>{% endfor %}</tr></thead>
 {% for line in table.lines[1:] %}
-<tr>{% for cell in line %}<td{% if cell.share is defined %} class="has-bar"{% endif %}>{{
+<tr>{% for cell in line %}<td{% if cell.share is defined %} class="has-bar"
+{%- elif cell is string and cell|length > 40 %} class="long"{% endif %}>{{
 cell_of(cell) }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>

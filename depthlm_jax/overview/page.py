@@ -202,8 +202,8 @@ def _starts(run: History) -> Section:
         return Section("Starts", [Text("None is recorded.")])
     lines = [["time", "command", "devices", "revision", "versions"]]
     for start in run.starts[-SHOWN:]:
-        mesh = ", ".join(f"{name} {size}" for name, size in start.get("mesh", {}).items())
-        where = f"{start.get('device')}, {start.get('processes')} process(es): {mesh}"
+        sizes = {"processes": start.get("processes"), **start.get("mesh", {})}
+        where = f"{start.get('device')}: " + ", ".join(f"{name} {size}" for name, size in sizes.items())
         revision = str(start.get("revision") or "–")
         revision = revision[:10] + "+" * revision.endswith("+")
         versions = ", ".join(f"{name} {start[name]}" for name in VERSIONS if start.get(name))
