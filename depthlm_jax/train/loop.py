@@ -170,6 +170,7 @@ def _train(
             log.say(f"stopped by SIGTERM after step {number}/{last}, which is saved: start it again and it goes on")
     finally:
         meter.flush()
+        meter.tracker.close()
     return state
 
 
