@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from depthlm_jax import config as config_module
 from depthlm_jax import config_errors
 from depthlm_jax.errors import InputError
+from depthlm_jax.sweep import expand
 
 PROGRAM = "python -m depthlm_jax"
 RECIPES = Path(__file__).parents[2] / "configs"
@@ -102,6 +103,8 @@ def _help(values: flags.FlagValues) -> str:
 
 
 def _parse(values: flags.FlagValues, name: str, arguments: list[str]) -> None:
+    if "sweep" in values:
+        arguments = _with_recipe(arguments)
     if "config" in values:
         _check_config(arguments)
     try:
@@ -118,6 +121,15 @@ def _parse(values: flags.FlagValues, name: str, arguments: list[str]) -> None:
         ) from error  # fmt: skip
     if rest:
         raise UsageError(f"what is {' '.join(rest)!r}? flags are written --name=value")
+
+
+def _with_recipe(arguments: list[str]) -> list[str]:
+    """Returns the arguments with the recipe of --sweep in front, unless one is given: --config.… changes its fields."""
+    if any(re.match("--?config(=|$)", argument) for argument in arguments):
+        return arguments
+    pairs = itertools.pairwise([*arguments, ""])
+    places = [one.partition("=")[2] or after for one, after in pairs if re.match("--?sweep(=|$)", one)]
+    return [*(f"--config={expand.load(place).recipe}" for place in places[-1:]), *arguments]
 
 
 def _check_config(arguments: list[str]) -> None:

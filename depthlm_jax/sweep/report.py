@@ -1,0 +1,2 @@
+def write(*a): return {}
+def line(*a): return ""
