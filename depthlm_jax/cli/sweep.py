@@ -61,7 +61,8 @@ def run_here(values: flags.FlagValues, sweep: Sweep, runs: list[Run]) -> dict:
     failed, ended_by = local.launch(runs, parallel, sweep.retries, lambda run: report.line(sweep, run))
     for run in failed:
         log.say(f"{run.name} failed; the end of {run.workdir / progress.LOG}:\n{local.last_words(run)}")
-    result = report.write(sweep, runs, Path(values.workdir))
+    evaluated = any(progress.of(run).scores for run in runs)
+    result = report.write(sweep, runs, Path(values.workdir)) if evaluated else {}
     if ended_by == signal.SIGINT:
         raise KeyboardInterrupt
     if failed:

@@ -1,14 +1,14 @@
 """What came out of a sweep: numbers of each run, and of runs that differ in their seeds alone, with intervals."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy import special
 
-from depthlm_jax import files
+from depthlm_jax import checkpoint, files
 from depthlm_jax.config_rules import LOWER
 from depthlm_jax.sweep import progress
 from depthlm_jax.sweep.expand import MEAN, Run
@@ -70,7 +70,7 @@ def _result(run: Run, metric: str) -> Result:
     if len(now.scores) == len(run.config.eval.sets):
         for one in measures:
             numbers[f"{MEAN}/{one}"] = float(np.mean([numbers[f"{name}/{one}"] for name in now.scores]))
-    return Result(run, now, numbers | _training(run.workdir, now.step))
+    return Result(run, now, numbers | _training(run, now.step))
 
 
 def _score(scores: dict, measure: str) -> float:
@@ -78,18 +78,22 @@ def _score(scores: dict, measure: str) -> float:
     return math.nan if value is None else value  # JSON has no NaN
 
 
-def _training(workdir: Path, step: int) -> dict[str, float]:
-    """Returns the last loss, each source's share of the samples, and what they cost."""
-    numbers = {}
+def _training(run: Run, step: int) -> dict[str, float]:
+    """Returns the last loss, how many samples there were and each source's share of them, and what it cost."""
+    numbers, workdir = {}, run.workdir
     lines = [line for line in files.read_lines(workdir / "metrics.jsonl") if line["step"] <= step]
     if lines:
         numbers["loss"] = lines[-1]["loss"]
-        shares = sorted(name for name in lines[-1] if name.startswith("share/"))
-        numbers |= {name: float(np.mean([line[name] for line in lines if name in line])) for name in shares}
-    spent = goodput.summary(workdir / "goodput.jsonl")
+    if step:
+        data = checkpoint.read_run(workdir, step)["data"]
+        ahead = collections.Counter(source for source, _ in data["waiting"])  # planned, not trained on
+        seen = {source: draws - ahead[source] for source, draws in data["draws"].items()}
+        seen = dict.fromkeys(run.config.data.sources, 0) | seen
+        numbers |= {f"share/{source}": count / sum(seen.values()) for source, count in seen.items()}
+        numbers["samples"] = sum(seen.values())
     starts = files.read_lines(workdir / "starts.jsonl")
     if starts:
-        devices = math.prod(starts[-1]["mesh"].values())
+        spent, devices = goodput.summary(workdir / "goodput.jsonl"), math.prod(starts[-1]["mesh"].values())
         numbers["device_seconds"] = devices * sum(spent[kind] for kind in (*goodput.SPENT, "lost"))
     return numbers
 
