@@ -51,23 +51,31 @@ def make_mesh(
       InputError: the sizes do not multiply to the devices, or do not divide rows or heads; valid sizes are named.
     """
     slices = _slices(devices)
-    shape = _fill(sizes, len(devices), slices)
+    shape = axis_sizes(sizes, len(devices), slices, rows=rows, heads=heads, rows_field=rows_field)
+    return jax.sharding.Mesh(_arranged(devices, shape, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(
+    sizes: config_module.Mesh, devices: int, slices: int, *, rows: int, heads: Mapping[str, int], rows_field: str
+) -> tuple[int, ...]:
+    """Returns the sizes of AXES on so many devices of so many TPU slices; arguments and errors are `make_mesh`'s."""
+    shape = _fill(sizes, devices, slices)
     tensor = shape[AXES.index("tensor")]
-    valid = [n for n in range(1, len(devices) + 1) if all(count % n == 0 for count in (len(devices), *heads.values()))]
+    valid = [n for n in range(1, devices + 1) if all(count % n == 0 for count in (devices, *heads.values()))]
     if tensor not in valid:
         raise InputError(
             f"mesh: tensor={tensor} does not divide the heads and the devices",
-            found=", ".join(f"{k}={v}" for k, v in heads.items()) + f", {len(devices)} devices",
+            found=", ".join(f"{k}={v}" for k, v in heads.items()) + f", {devices} devices",
             expected=f"tensor one of {valid}", fix="set --config.mesh.tensor",
         )  # fmt: skip
-    row_devices = len(devices) // tensor
+    row_devices = devices // tensor
     if rows % row_devices:
         raise InputError(
             f"mesh: replica × data × fsdp = {row_devices} does not divide the rows", found=f"{rows} rows at a time",
             expected=f"a multiple of {row_devices}",
             fix=f"set --config.{rows_field}, or the mesh",
         )  # fmt: skip
-    return jax.sharding.Mesh(_arranged(devices, shape, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return shape
 
 
 def _slices(devices: Sequence) -> int:

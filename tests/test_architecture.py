@@ -26,7 +26,7 @@ LEVELS = (
     ("run",),
     ("eval.",),
     ("train.",),
-    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench.", "sweep."),
+    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench.", "launch.", "sweep."),
     ("cli.",),
     ("__main__",),
 )

@@ -91,6 +91,17 @@ def read_path(values: flags.FlagValues, name: str) -> Path:
     return Path(values[name].value)
 
 
+def overrides(values: flags.FlagValues, arguments: list[str]) -> list[str]:
+    """Returns --config.any.field=value of a command line as they were written, each in one word."""
+    given, words = [], iter(arguments)
+    for word in words:
+        found = re.match(r"--?(no)?(config\.[^=]+)(=?)", word)
+        if found:
+            apart = not (found[1] or found[3] or values[found[2]].boolean)
+            given.append(f"{word}={next(words)}" if apart else word)
+    return given
+
+
 def _help(values: flags.FlagValues) -> str:
     """Returns the command's own flags, without absl's and without headings of modules."""
     lines = values.get_help().split("\nabsl.flags:")[0].splitlines()

@@ -11,7 +11,7 @@ from absl import flags
 from depthlm_jax import log, recipes
 from depthlm_jax.cli import command
 from depthlm_jax.errors import InputError
-from depthlm_jax.sweep import expand, local, place, progress, report, slurm
+from depthlm_jax.sweep import expand, gke, local, place, progress, report, slurm
 from depthlm_jax.sweep.expand import Run
 from depthlm_jax.sweep.spec import Sweep
 
@@ -20,7 +20,10 @@ def define_flags(values: flags.FlagValues) -> None:
     command.define_path(values, "sweep", "sweep file, for example configs/sweeps/demo_mixture.py")
     command.define_path(values, "workdir", "folder of the sweep, with a folder for each run; an existing one goes on")
     command.define_config(values)
-    flags.DEFINE_enum("target", "local", sorted(TARGETS), "where the runs are started", flag_values=values)
+    flags.DEFINE_enum("target", "local", list(TARGETS), "where the runs are started", flag_values=values)
+    command.define_text(
+        values, "options", "more of them for sbatch (slurm), or for launch (gke): '--topology=v5e-16 --image=… --volume=…'"
+    )
     flags.DEFINE_integer(
         "parallel", None, "runs at a time; if not given: one here, as many as there is room for on a cluster",
         lower_bound=1, flag_values=values,
@@ -76,23 +79,34 @@ def run_here(values: flags.FlagValues, sweep: Sweep, runs: list[Run]) -> dict:
 def run_on_slurm(values: flags.FlagValues, sweep: Sweep, runs: list[Run]) -> dict:
     """Returns the number of the job whose tasks are the runs that are not finished."""
     numbers = [number for number, run in enumerate(runs) if not progress.of(run).finished]
-    if not numbers:
-        log.say("all runs are finished")
-        return {"job": None}
-    recipe, given = values["config"].config_filename, values["config"].override_values
-    arguments = ["sweep", f"--sweep={values.sweep}", f"--workdir={values.workdir}", "--run=slurm"]
+    recipe, workdir = values["config"].config_filename, Path(values.workdir)
+    arguments = ["sweep", f"--sweep={values.sweep}", f"--workdir={workdir}", "--run=slurm"]
     arguments += [f"--config={recipe}"] if recipe != sweep.recipe else []
-    arguments += [f"--config.{path}={expand.text(value)}" for path, value in given.items()]
-    workdir = Path(values.workdir)
-    sbatch = slurm.command(workdir, numbers, values.parallel or 0, arguments)
-    if values.dry_run:
-        return _show([sbatch])
+    given = [f"--config.{path}={expand.text(value)}" for path, value in values["config"].override_values.items()]
+    sbatch = slurm.command(workdir, numbers, values.parallel or 0, shlex.split(values.options), arguments + given)
+    if values.dry_run or not numbers:
+        return _show([sbatch] if numbers else [])
     job = slurm.submit(workdir, sbatch)
-    log.say(f"job {job}: {len(numbers)} runs; output in {workdir / 'slurm'}, then: sweep --report")
+    log.say(f"job {job}: {len(numbers)} runs; output in {workdir / 'slurm'}; sweep --report compares them")
     return {"job": job}
 
 
-TARGETS = {"local": run_here, "slurm": run_on_slurm}  # what starts the runs, given flags, sweep and runs
+def run_on_gke(values: flags.FlagValues, sweep: Sweep, runs: list[Run]) -> dict:
+    """Returns the commands that gave Kubernetes a JobSet for each run that is not finished."""
+    left = [(number, run) for number, run in enumerate(runs) if not progress.of(run).finished]
+    commands = [gke.command(Path(values.workdir), *one, shlex.split(values.options)) for one in left]
+    if values.dry_run:
+        return _show(commands)
+    for one in commands:
+        gke.launch(one)
+    return {"commands": [shlex.join(one) for one in commands]}
+
+
+TARGETS = {  # what starts the runs, given flags, sweep and runs
+    "local": run_here,
+    "slurm": run_on_slurm,
+    "gke": run_on_gke,
+}
 
 
 def become(run: Run) -> dict:

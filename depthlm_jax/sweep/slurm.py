@@ -11,19 +11,22 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "slurm.sbatch"
 NUMBER, TASKS = "SLURM_ARRAY_TASK_ID", "SLURM_NTASKS"
 
 
-def command(workdir: Path, numbers: list[int], parallel: int, arguments: list[str]) -> list[str]:
+def command(
+    workdir: Path, numbers: list[int], parallel: int, options: list[str], arguments: list[str]
+) -> list[str]:
     """Returns the command that submits an array job.
 
     Args:
       workdir: of the sweep; output of the tasks goes to its slurm/.
       numbers: of the runs.
       parallel: of them at a time; 0: as many as the cluster gives.
+      options: more of them for sbatch.
       arguments: of `python -m depthlm_jax` in each task.
     """
     limit = f"%{parallel}" if parallel else ""
     return [
         "sbatch", "--parsable", f"--array={ranges(numbers)}{limit}", f"--job-name={workdir.name}",
-        f"--output={workdir}/slurm/%A_%a.txt", str(SCRIPT), *arguments,
+        f"--output={workdir}/slurm/%A_%a.txt", *options, str(SCRIPT), *arguments,
     ]  # fmt: skip
 
 
@@ -61,7 +64,7 @@ def submit(workdir: Path, sbatch: list[str]) -> str:
         raise InputError(
             "sweep: sbatch did not take the job", found=done.stderr.strip() or f"exit status {done.returncode}",
             expected="a job number",
-            fix="correct that; SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, … are options of sbatch",
+            fix="correct --options, which go to sbatch; --dry_run shows its command",
         )  # fmt: skip
     return done.stdout.strip().split(";")[0]
 

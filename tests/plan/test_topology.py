@@ -12,7 +12,7 @@ NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 
 @pytest.mark.parametrize("name", ["v5e-17", "v5p-100", "h100-8", "v5e", "3 slices", "0xv5e-16"])
 def test_an_unknown_slice_is_named_with_those_near_it(name):
-    with pytest.raises(InputError, match="plan: no TPU slice(.|\n)*did you mean v") as error:
+    with pytest.raises(InputError, match="no TPU slice(.|\n)*did you mean v") as error:
         topology.find(name)
     assert repr(name) in str(error.value) and "v5e-256" in str(error.value)
 
