@@ -22,7 +22,7 @@ def define_flags(values: flags.FlagValues) -> None:
     command.define_config(values)
     flags.DEFINE_enum("target", "local", list(TARGETS), "where the runs are started", flag_values=values)
     command.define_text(
-        values, "options", "more of them for sbatch (slurm), or for launch (gke): '--topology=v5e-16 --image=… --volume=…'"
+        values, "options", "more of them for sbatch (slurm) or launch (gke): '--topology=v5e-16 --image=… --volume=…'"
     )
     flags.DEFINE_integer(
         "parallel", None, "runs at a time; if not given: one here, as many as there is room for on a cluster",
