@@ -20,6 +20,7 @@ DPI = 120
 PANEL_INCHES = 4.2
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]])
 DECADE = 10.0  # numbers that span more stand on a log axis
+ASIDE = 0.008  # of the axis
 SCALE = colormaps["viridis"]
 
 
@@ -41,8 +42,12 @@ def draw(ranked: list[Group], paths: Sequence[str], metric: str, sets: list[str]
     if panels:
         drawn.append((folder / "values.png", _draw_values(done, panels, metric)))
     if weights and done:
+        best = {tuple(group.values.get(path) for path in weights): group for group in reversed(done)}
         kind = {2: _draw_curve, 3: _draw_triangle}.get(len(weights), _draw_parallel)
-        drawn.append((folder / "mixture.png", kind(done, [short(path) for path in weights], metric, sets)))
+        figure = kind(list(best.values()), [short(path) for path in weights], metric, sets)
+        if panels:
+            figure.suptitle("of each mixture, the runs with the best other values", fontsize=10, color=GREY)
+        drawn.append((folder / "mixture.png", figure))
     for file, figure in drawn:
         write_picture(file, lambda figure=figure, file=file: figure.savefig(file, dpi=DPI))
     return [file for file, _ in drawn]
@@ -90,18 +95,14 @@ def _draw_curve(groups: list[Group], names: list[str], metric: str, sets: list[s
     """Returns the score over the share of the first of two sources: a line for each set, one for their mean."""
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes, measure = figure.subplots(), metric.partition("/")[2]
+    groups = sorted(groups, key=lambda group: _mixture(group, names)[0])
     share_G = np.array([_mixture(group, names)[0] for group in groups])
-    order_G = np.argsort(share_G, kind="stable")
     mean = [(MEAN, INK)] if len(sets) > 1 else []
-    for name, color in [*zip(sets, itertools.cycle(COLORS), strict=False), *mean]:
-        means, halves = np.array([groups[place].estimate(f"{name}/{measure}") for place in order_G]).T
-        at = np.unique(np.round(share_G, 2))
-        near = np.abs(share_G[order_G][:, None] - at).argmin(axis=1)
-        axes.plot(
-            [share_G[order_G][near == one].mean() for one in range(len(at))],
-            [means[near == one].mean() for one in range(len(at))], color=color, linewidth=2.2 if name == MEAN else 1.3,
-        )  # fmt: skip
-        _points(axes, share_G[order_G], means, halves, color, name, 7 if name == MEAN else 5)
+    for number, (name, color) in enumerate([*zip(sets, itertools.cycle(COLORS), strict=False), *mean]):
+        means, halves = np.array([group.estimate(f"{name}/{measure}") for group in groups]).T
+        axes.plot(share_G, means, color=color, linewidth=2.2 if name == MEAN else 1.3)
+        # Beside one another, so that intervals can be told apart.
+        _points(axes, share_G + (number - len(sets) / 2) * ASIDE, means, halves, color, name, 7 if name == MEAN else 5)
     axes.set(xlabel=f"share of {names[0]} in the samples; the rest is {names[1]}", ylabel=measure)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -121,11 +122,12 @@ def _draw_triangle(groups: list[Group], names: list[str], metric: str, sets: lis
     axes = figure.subplots()
     at_G2 = np.array([_mixture(group, names) for group in groups]) @ CORNERS
     mean_G = np.array([group.estimate(metric)[0] for group in groups])
-    levels = np.linspace(mean_G.min(), mean_G.max() + 1e-9, 12)
-    if len(np.unique(at_G2.round(3), axis=0)) > 3 and mean_G.min() < mean_G.max():
-        axes.tricontourf(tri.Triangulation(*at_G2.T), mean_G, levels, cmap=SCALE, alpha=0.55)
+    low, high = mean_G.min(), max(mean_G.max(), mean_G.min() + 1e-9)
+    if len(groups) > 3 and np.ptp(at_G2, axis=0).min() > 0.01:  # not all on one line
+        levels = np.linspace(low, high, 12)
+        axes.tricontourf(tri.Triangulation(*at_G2.T), mean_G, levels, cmap=SCALE, alpha=0.55, vmin=low, vmax=high)
     axes.plot(*CORNERS[[0, 1, 2, 0]].T, color=GREY, linewidth=1)
-    points = axes.scatter(*at_G2.T, c=mean_G, cmap=SCALE, s=60, edgecolor=INK, zorder=3)
+    points = axes.scatter(*at_G2.T, c=mean_G, cmap=SCALE, vmin=low, vmax=high, s=60, edgecolor=INK, zorder=3)
     for place, mean in zip(at_G2, mean_G, strict=True):
         axes.annotate(f"{mean:.3f}", place, (0, 8), textcoords="offset points", ha="center", fontsize=9)
     for corner, name, (x, y) in zip(CORNERS, names, ((-8, -18), (8, -18), (0, 22)), strict=True):
