@@ -189,3 +189,9 @@ def put_batch(mesh: jax.sharding.Mesh, local: dict[str, np.ndarray], rows: int |
         )
         for name, array in local.items()
     }
+
+
+def local_rows(array_B: jax.Array) -> np.ndarray:
+    """Returns the rows of a global array that this host's devices hold, in the order of `host_rows`."""
+    parts = {shard.index[0].indices(len(array_B))[0]: shard.data for shard in array_B.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

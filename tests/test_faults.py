@@ -1,15 +1,19 @@
 """What pods do to a run, done to real processes: it goes on as if nothing had been, or says why it does not."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import SECONDS, Job, Start, finish, start
+from launching import ROOT, SECONDS, Job, Start, finish, free_port, start
 
 from depthlm_jax.config import Mesh
 from depthlm_jax.train import goodput
@@ -26,10 +30,11 @@ def calm(scenes, tmp_path_factory):
     made: dict[str, Job] = {}
 
     def of(how: Start, changes: dict = CHANGES) -> Job:
-        if str(how) not in made:
-            made[str(how)] = job = Job(tmp_path_factory.mktemp("calm"), scenes, changes)
-            finish(job.start(how))
-        return made[str(how)]
+        name = f"{how}, {changes}"
+        if name not in made:
+            made[name] = job = Job(tmp_path_factory.mktemp("calm"), scenes, changes)
+            finish(job.start(how), 1800)
+        return made[name]
 
     return of
 
@@ -53,8 +58,8 @@ def disturb(job: Job, how: Start, times: int, seed: int) -> dict[str, int]:
             process.kill()
         for process in processes:
             process.communicate(timeout=SECONDS)
-    finish(job.start(how))
-    return {"kills": times, "steps done again": job.steps() - STEPS}
+    finish(job.start(how), 1800)
+    return {"kills": times, "steps done again": job.steps() - job.changes["train.max_steps"]}
 
 
 def test_kill_9_at_random_times_changes_nothing(scenes, tmp_path, calm):
@@ -69,9 +74,10 @@ def test_kill_9_at_random_times_changes_nothing(scenes, tmp_path, calm):
 
 @pytest.mark.slow
 def test_kill_9_fifty_times_changes_nothing(scenes, tmp_path, calm):
-    job = Job(tmp_path, scenes, CHANGES)
+    longer = CHANGES | {"train.max_steps": 15 * STEPS}  # so that the last kill finds it running
+    job = Job(tmp_path, scenes, longer)
     print(disturb(job, ALONE, times=50, seed=1))
-    assert_same(job, calm(ALONE))
+    assert_same(job, calm(ALONE, longer))
 
 
 def test_sigterm_to_one_of_two_processes_saves_on_both_and_the_next_start_goes_on(scenes, tmp_path, calm):
@@ -118,6 +124,37 @@ def test_a_process_that_never_comes_is_named(scenes, tmp_path):
         assert "process 2: missing, nothing is heard of it" in output
 
 
+ENDS = """
+import sys, time
+from pathlib import Path
+import jax
+from depthlm_jax.cli import train
+
+number, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", 2, number)
+jax.devices()  # which both have to ask for
+time.sleep(1000 * number)
+train.disconnect(folder, 4)
+"""
+
+
+def test_a_process_that_does_not_end_is_named(tmp_path):
+    command = [sys.executable, "-c", ENDS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    port, pipe = free_port(), subprocess.PIPE
+    first, second = (
+        subprocess.Popen([*command, str(number), str(port), tmp_path], env=environment, stderr=pipe, text=True)
+        for number in (0, 1)
+    )
+    try:
+        output = first.communicate(timeout=SECONDS)[1]
+    finally:
+        second.kill()
+        second.communicate()
+    assert first.returncode == 1 and "waiting for the other processes to end" in output
+    assert "process 1: missing, nothing is heard of it" in output
+
+
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run_and_is_named(scenes, tmp_path):
     """SIGSTOP: it neither works nor dies."""
@@ -136,9 +173,23 @@ def test_a_process_that_hangs_ends_the_run_and_is_named(scenes, tmp_path):
     assert "Thread 0x" in output and "loop.py" in output  # the stacks
 
 
+def spoil(disk: Path, fault: str) -> Callable[[], None]:
+    """Makes a mounted disk full or read-only, and returns what mends it."""
+    if fault == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        return lambda: subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    filler = disk / "filler"
+    with filler.open("wb") as out, contextlib.suppress(OSError):
+        while True:
+            out.write(bytes(2**16))
+            out.flush()
+    return filler.unlink
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(scenes, tmp_path, calm):
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_disk_that_takes_nothing_is_told_and_the_run_goes_on_when_it_does(scenes, tmp_path, calm, fault):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", disk], capture_output=True).returncode:
@@ -148,16 +199,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(scenes, tmp_
         job.workdir = disk / "run"
         processes = job.start(ALONE)
         job.await_steps(15, processes)
-        filler = disk / "filler"
-        with filler.open("wb") as out:
-            try:
-                while True:
-                    out.write(bytes(2**16))
-                    out.flush()
-            except OSError:
-                pass
+        mend = spoil(disk, fault)
         time.sleep(3)
-        filler.unlink()
+        mend()
         (output,) = finish(processes)
         assert "SAVE FAILED, number 1 in a row" in output, output[-3000:]
         assert_same(job, calm(ALONE))

@@ -29,6 +29,7 @@ class Trained:
     state: step.State
     losses: list[float]
     compilations: int
+    terms: np.ndarray  # of the last loss, by row
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,8 @@ def train(scenes, tmp_path_factory):
             state, metrics = trainer.run_step(state, sharding.put_batch(mesh, arrays))
             losses.append(metrics["loss"])
         after = len(compilations)
-        return Trained(trainer, state, [float(loss) for loss in losses], after - before)
+        terms = sharding.local_rows(metrics["loss_BA"])
+        return Trained(trainer, state, [float(loss) for loss in losses], after - before, terms)
 
     yield run_steps
     jax.monitoring.unregister_event_duration_listener(count)
@@ -84,7 +86,10 @@ MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4)]
 )
 def test_losses_are_those_of_one_device(train, sizes):
     alone = train(1, 1, 1)
-    np.testing.assert_allclose(train(*sizes).losses, alone.losses, rtol=0, atol=1e-5)
+    divided = train(*sizes)
+    np.testing.assert_allclose(divided.losses, alone.losses, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(divided.terms, alone.terms, rtol=0, atol=1e-3)  # row by row
+    assert np.abs(alone.terms - alone.terms[::-1]).max() > 0.1
     assert alone.losses[-1] < alone.losses[0] - 0.1, "the steps hardly change the model: equal losses prove nothing"
 
 

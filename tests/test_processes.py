@@ -18,9 +18,13 @@ from launching import ROOT, Start, finish, free_port, start, write_recipe
 from depthlm_jax import run as runs
 from depthlm_jax import tree
 from depthlm_jax.config import Mesh
+from depthlm_jax.eval import sets
 
 STEPS = 10
-CHANGES = {"train.max_steps": STEPS, "train.save_steps": 5, "optim.learning_rate": 1e-3, "optim.adam_eps": 1e-5}
+CHANGES = {
+    "train.max_steps": STEPS, "train.save_steps": 5, "optim.learning_rate": 1e-3, "optim.adam_eps": 1e-5,
+    "eval.batch_rows": 8, "eval.max_new_tokens": 6,
+}  # fmt: skip
 TOLERANCE = 1e-5  # relative: of a loss; of the largest entry of a parameter
 
 
@@ -31,6 +35,9 @@ class Trained:
     outputs: list[str]
     workdir: Path
 
+    def evaluations(self) -> list[dict]:
+        return [{**line, "seconds": 0} for line in sets.read(self.workdir)]
+
 
 @pytest.fixture(scope="module")
 def train(scenes, tmp_path_factory):
@@ -38,7 +45,9 @@ def train(scenes, tmp_path_factory):
 
     def run(how: Start) -> Trained:
         folder = tmp_path_factory.mktemp("run")
-        recipe, port, workdir = write_recipe(folder, scenes, how.mesh, CHANGES), free_port(), folder / "run"
+        near = {"near": {"path": str(scenes), "split": "validation", "every_steps": 5, "samples": 13}}
+        recipe = write_recipe(folder, scenes, how.mesh, CHANGES | {"eval.sets": near})
+        port, workdir = free_port(), folder / "run"
         outputs = finish([start(recipe, workdir, how, number, port) for number in range(how.processes)])
         losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         _, parameters = runs.trained_parameters(runs.reopen(workdir))
@@ -78,6 +87,9 @@ def test_processes_train_as_one_device_does(train, alone, how):
     print(f"{how}: losses to {np.abs(together.losses / alone.losses - 1).max():.1e}, "
           f"parameters to {max(errors.values()):.1e}")  # fmt: skip
     assert {path: error for path, error in errors.items() if error > TOLERANCE} == {}
+    assert [line["step"] for line in together.evaluations()] == [5, 10]
+    assert together.evaluations() == alone.evaluations()
+    assert sum("evaluation after step" in output for output in together.outputs) == 1
     assert alone.losses[-1] < alone.losses[0] - 0.1, "the steps hardly change the model: equal losses prove nothing"
     counts = [output.count(f"step {STEPS}/{STEPS}") for output in together.outputs]
     assert counts == [1] + [0] * (how.processes - 1)  # one log

@@ -43,7 +43,9 @@ def run(values: flags.FlagValues) -> dict:
     connect(values, workdir, config.faults.start_seconds)
     watch = watchdog.Watchdog(workdir, jax.process_index(), jax.process_count(), config.faults.silent_seconds)
     try:
-        return train(config, workdir, watch, began)
+        result = train(config, workdir, watch, began)
+        disconnect(workdir, config.faults.start_seconds)
+        return result
     finally:
         watch.close()
 
@@ -127,7 +129,7 @@ def connect(values: flags.FlagValues, workdir: Path, seconds: int) -> None:
         # JAX ends the process without a name of who is missing: the watch comes first
         jax.distributed.initialize(
             *(given if all(said) else ()), initialization_timeout=seconds + SPARE_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=seconds,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=seconds + SPARE_SECONDS,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise InputError(
@@ -137,6 +139,16 @@ def connect(values: flags.FlagValues, workdir: Path, seconds: int) -> None:
         ) from error  # fmt: skip
     finally:
         watch.close()
+
+
+def disconnect(workdir: Path, seconds: int) -> None:
+    """Waits for the other processes to end; after so many seconds this one ends, naming who does not."""
+    if jax.process_count() == 1:
+        return
+    watch = watchdog.Watchdog(workdir, jax.process_index(), jax.process_count(), seconds)
+    watch.waits_for("the other processes to end")
+    jax.distributed.shutdown()
+    watch.close()
 
 
 def _open_in_turn(config: config_module.Config) -> dict[str, Records]:

@@ -4,7 +4,6 @@ Step s of a run trains on the rows that the plan gives it, whatever the number o
 each makes the rows that are its own, and nothing but the plan's position has to be kept to go on.
 """
 
-import collections
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ class About:
     """What rows were made of."""
 
     record_ids: tuple[str, ...]
-    sources: dict[str, int]  # samples of each
+    sources: tuple[tuple[str, ...], ...]  # of each row's samples, in their order
     dropped: tuple[Dropped, ...]
     used: tuple[int, int, int]  # tokens, patch slots and supervised positions that hold something
     work: dict[str, int]  # work.COUNTS of the rows
@@ -215,7 +214,7 @@ class HostRows:
         used = np.sum([packing.size_of(sample) for sample in samples], axis=0) if samples else (0, 0, 0)
         dropped = tuple(item for item in made if isinstance(item, Dropped))
         slots = [slot for slot, item in zip(planned, made, strict=True) if not isinstance(item, Dropped)]
-        sources = dict(collections.Counter(slot.source for slot in slots))
+        sources = (tuple(slot.source for slot in slots),)
         counts = work.work_of(arrays, self.maker.processor.config.patch_slot_unit)
         about = About(names, sources, dropped, tuple(int(n) for n in used), counts, position)
         return {"arrays": arrays, "about": about}
@@ -299,7 +298,7 @@ def join_rows(rows: Sequence[dict]) -> Rows:
     abouts = [row["about"] for row in rows]
     about = About(
         tuple(name for one in abouts for name in one.record_ids),
-        dict(sum((collections.Counter(one.sources) for one in abouts), collections.Counter())),
+        tuple(names for one in abouts for names in one.sources),
         tuple(drop for one in abouts for drop in one.dropped),
         tuple(sum(numbers) for numbers in zip(*(one.used for one in abouts), strict=True)),
         {name: sum(one.work[name] for one in abouts) for name in work.COUNTS},

@@ -49,7 +49,7 @@ def make_trainer(network: Network, config: config_module.Config, mesh: jax.shard
     compiled = jax.jit(
         step.make_train_step(network.logits, optimizer, factors, compute, micro_batches(config, mesh), total),
         in_shardings=(shardings, sharding.batch_shardings(mesh)),
-        out_shardings=(shardings, sharding.shard(mesh, "")),
+        out_shardings=(shardings, {name: sharding.shard(mesh, letters) for name, letters in step.METRICS.items()}),
         donate_argnums=0,
         compiler_options=compiler.options(mesh.devices.flat[0].platform),
     )

@@ -2,11 +2,13 @@
 
 import collections
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from depthlm_jax import chips, files, log, sharding
 from depthlm_jax import config as config_module
@@ -16,6 +18,8 @@ from depthlm_jax.train import optim
 from depthlm_jax.train.goodput import Ledger
 from depthlm_jax.train.skips import Skips
 from depthlm_jax.watchdog import Watchdog
+
+NUMBERS = ("loss", "mean_token_accuracy", "num_tokens", "grad_norm")
 
 
 class Meter:
@@ -37,7 +41,8 @@ class Meter:
         self.samples, self.steps, self.used, self.work = 0, 0, (0, 0), collections.Counter()
         self.waited = 0.0  # for data, until the last line
         self.dropped = collections.Counter()  # samples that were not made though their record is sound, by the reason
-        self.sources = collections.Counter()  # samples of each source since the last line
+        # Since the last line, by source: samples, loss and weight.
+        self.sources, self.losses, self.weights = (collections.Counter() for _ in range(3))
         self.quarantine = files.Lines(workdir / f"bad_records.process-{jax.process_index()}.jsonl")
         self.bad: dict[str, str] = {}  # what is wrong, by record: the same one is met again in the next epoch
         self.start = self.since = time.monotonic()
@@ -78,7 +83,7 @@ class Meter:
         self.samples += len(about.record_ids)
         self.work.update(about.work)
         self.steps += 1
-        self.sources.update(about.sources)
+        self.sources.update(itertools.chain.from_iterable(about.sources))
         self.used = tuple(sum(pair) for pair in zip(self.used, about.used, strict=False))
         if not metrics["num_tokens"]:
             raise InputError(
@@ -90,9 +95,10 @@ class Meter:
             self.skips.count(number, {name: float(metrics[name]) for name in ("loss", "grad_norm")}, rows)
             return
         self.skips.in_a_row = 0
+        self._add_losses(rows, sharding.local_rows(metrics["loss_BA"]))
         every, last = self.config.train.logging_steps, self.config.train.max_steps
         if number % every == 0 or number in (self.first_step + 1, last):
-            self._report(number, {name: float(value) for name, value in metrics.items() if name != "sound"})
+            self._report(number, {name: float(metrics[name]) for name in NUMBERS})
 
     def _report(self, number: int, values: dict[str, float]) -> None:
         now, last = time.monotonic(), self.config.train.max_steps
@@ -133,8 +139,23 @@ class Meter:
         total = max(1, self.sources.total())
         on = sorted(name for name, source in data.sources.items() if source.weight > 0)
         values |= {f"share/{name}": self.sources[name] / total for name in on}
-        self.steps, self.used, self.sources = 0, (0, 0), collections.Counter()
+        weighed = sorted((name, weight) for name, weight in self.weights.items() if weight)
+        values |= {f"loss/{name}": self.losses[name] / weight for name, weight in weighed}
+        self.steps, self.used = 0, (0, 0)
+        for counter in (self.sources, self.losses, self.weights):
+            counter.clear()
         return values
+
+    def _add_losses(self, rows, loss_BA: np.ndarray) -> None:
+        """Adds the terms of the loss to those of the source that they come from."""
+        segments_BT, place_BA, weight_BA = (rows.arrays[n] for n in ("segments_BT", "answer_index_BA", "weights_BA"))
+        sample_BA = np.take_along_axis(segments_BT, place_BA, axis=1)
+        for names, *terms in zip(rows.about.sources, sample_BA, weight_BA, loss_BA, strict=True):
+            sample_A, weight_A, loss_A = terms
+            for number, name in enumerate(names, start=1):
+                mine_A = (sample_A == number) & (weight_A > 0)
+                self.weights[name] += float(weight_A[mine_A].sum())
+                self.losses[name] += float(loss_A[mine_A].sum())
 
     def count_dropped(self, dropped) -> None:
         """Logs the records that gave no sample; raises InputError beyond data.max_bad_records unreadable ones."""

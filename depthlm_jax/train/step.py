@@ -9,6 +9,11 @@ import optax
 
 from depthlm_jax import parameter_groups, tree
 
+METRICS = {  # of a step → their letters
+    **dict.fromkeys(("loss", "mean_token_accuracy", "num_tokens", "grad_norm", "sound"), ""),
+    "loss_BA": "BA",
+}
+
 
 class State(NamedTuple):
     """What a step changes. Trained parameters are float32 master copies, and so are their moments; others have none."""
@@ -19,11 +24,15 @@ class State(NamedTuple):
 
 
 def answer_loss(logits_BAV: jax.Array, targets_BA: jax.Array, weights_BA: jax.Array) -> dict[str, jax.Array]:
-    """Returns sums over the supervised positions: weighted cross-entropy, weight, right tokens and their number."""
+    """Returns sums over the supervised positions: weighted cross-entropy, weight, right tokens and their number.
+
+    `loss_BA` has the terms of the first one.
+    """
     loss_BA = optax.softmax_cross_entropy_with_integer_labels(logits_BAV.astype(jnp.float32), targets_BA)
     counted_BA = weights_BA > 0
     return {
         "loss": jnp.sum(loss_BA * weights_BA),
+        "loss_BA": loss_BA * weights_BA,
         "weight": jnp.sum(weights_BA),
         "right": jnp.sum((logits_BAV.argmax(-1) == targets_BA) & counted_BA),
         "tokens": jnp.sum(counted_BA),
@@ -39,6 +48,8 @@ def make_train_step(
     accumulation_dtype=jnp.float32,
 ) -> Callable:
     """Returns step(state, batch) → (state, metrics); the caller jits it with shardings and donation.
+
+    Metrics are numbers but for `loss_BA`, the weighted cross-entropy of each supervised position.
 
     The loss is Σ ÷ Σ: weighted cross-entropies and weights are summed over micro-batches and devices and divided once.
     Where the loss or the norm of the gradient is not finite, the step changes nothing but its number.
@@ -59,30 +70,32 @@ def make_train_step(
 
     differentiate = jax.value_and_grad(micro_sums, has_aux=True)
 
-    def sums_and_gradient(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[dict, dict]:
+    def sums_and_gradient(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[tuple, jax.Array]:
         (_, sums), gradient = differentiate(trained, frozen, batch)
-        return sums, gradient
+        loss_BA = sums.pop("loss_BA")
+        return (sums, gradient), loss_BA
 
-    def add_up(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[dict, dict]:
-        """Returns sums and gradient of all micro-batches, one at a time in memory."""
+    def add_up(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[tuple, jax.Array]:
+        """Returns (sums, gradient) of all micro-batches, one at a time in memory, and loss_BA."""
         if accumulate == 1:
             return sums_and_gradient(trained, frozen, batch)
         # Every device's own rows are dealt out to the micro-batches, so that no row moves between devices.
         dealt = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-        shapes = jax.eval_shape(sums_and_gradient, trained, frozen, jax.tree.map(lambda x: x[0], dealt))
+        shapes, _ = jax.eval_shape(sums_and_gradient, trained, frozen, jax.tree.map(lambda x: x[0], dealt))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         zero = zero[0], tree.cast(zero[1], accumulation_dtype)
 
         def add(total: tuple[dict, dict], micro: dict[str, jax.Array]):
-            part = sums_and_gradient(trained, frozen, micro)
-            return jax.tree.map(lambda sum_, x: sum_ + x.astype(sum_.dtype), total, part), None
+            part, loss_BA = sums_and_gradient(trained, frozen, micro)
+            return jax.tree.map(lambda sum_, x: sum_ + x.astype(sum_.dtype), total, part), loss_BA
 
-        sums, gradient = jax.lax.scan(add, zero, dealt)[0]
-        return sums, tree.cast(gradient, jnp.float32)
+        (sums, gradient), losses = jax.lax.scan(add, zero, dealt)
+        loss_BA = losses.swapaxes(0, 1).reshape(-1, losses.shape[-1])
+        return (sums, tree.cast(gradient, jnp.float32)), loss_BA
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict]:
         trained, frozen = parameter_groups.split(state.parameters, factors)
-        sums, gradient = add_up(trained, frozen, batch)
+        (sums, gradient), loss_BA = add_up(trained, frozen, batch)
         weight = jnp.maximum(sums["weight"], 1e-9)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
@@ -94,6 +107,7 @@ def make_train_step(
             "num_tokens": sums["tokens"],
             "grad_norm": grad_norm,
             "sound": sound,
+            "loss_BA": loss_BA,
         }
         new, old = (optax.apply_updates(trained, updates), moments), (trained, state.optimizer)
         trained, moments = jax.tree.map(lambda after, before: jnp.where(sound, after, before), new, old)

@@ -233,7 +233,9 @@ def test_sources_are_counted_by_what_was_made(scenes, jsonl, processor, batches)
     config = config_module.parse(recipe)
     given = pipeline.training_batches(pipeline.open_sources(config), processor, config)
     rows = next(given)
-    assert rows.about.sources == {"good": len(rows.about.record_ids)} and rows.about.dropped
+    made = [name for names in rows.about.sources for name in names]
+    assert made == ["good"] * len(rows.about.record_ids) and rows.about.dropped
+    assert [len(names) for names in rows.about.sources] == rows.arrays["segments_BT"].max(axis=1).tolist()
     given.close()
 
 

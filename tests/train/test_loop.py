@@ -137,6 +137,7 @@ def test_journal_holds_the_rates_of_its_steps(whole):
     for record in whole.journal:
         assert {"loss", "mean_token_accuracy", "num_tokens", "grad_norm", *TIMES} < record.keys()
         assert 0 <= record["data_wait"] < 1
+        assert record["loss/main"] == pytest.approx(record["loss"], rel=1e-6)
     assert max(record["data_wait"] for record in whole.journal) > 0
 
 
@@ -159,6 +160,10 @@ def test_a_run_goes_on_with_another_mixture(world, scenes, tmp_path, capsys):
     world.train(workdir, world.batches(one), one)
     journal = log.Journal(workdir).read()
     assert [record["step"] for record in journal] == list(range(1, 13))
+    for record in journal[:4]:
+        assert record["loss/near"] != record["loss/far"]
+        assert min(record["loss/near"], record["loss/far"]) <= record["loss"]
+        assert record["loss"] <= max(record["loss/near"], record["loss/far"])
     assert 0.2 < np.mean([record["share/far"] for record in journal[:4]]) < 0.8
     assert all(record["share/near"] == 1 and "share/far" not in record for record in journal[4:])
     assert all(0.5 < record["filled_tokens"] <= 1 for record in journal)
@@ -338,6 +343,16 @@ def test_data_that_disappears_ends_the_run_after_a_save(world, tmp_path):
     with pytest.raises(InputError, match=r"train\.jsonl: gone"):
         world.train(tmp_path, Watched(world.batches(), STOP_AT, vanish))
     assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == STOP_AT - 1
+
+
+def test_a_checkpoint_folder_that_vanishes_is_made_again(world, whole, tmp_path, capsys):
+    def vanish():
+        shutil.rmtree(tmp_path / "checkpoints")
+
+    again = result(world, tmp_path, Watched(world.batches(), STOP_AT, vanish))
+    assert_same_leaves(again.leaves, whole.leaves)
+    assert "SAVE FAILED, number 1 in a row" in capsys.readouterr().out
+    assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == 12
 
 
 def test_sigterm_saves_and_ends_in_order_and_the_next_start_goes_on(world, whole, tmp_path, capsys):

@@ -87,11 +87,14 @@ def test_loss_equals_the_one_of_pytorch():
     assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(theirs), rel=1e-6)
 
 
-def test_metrics_of_a_step(parameters, batch):
-    _, metrics = take_step(parameters, batch, optax.sgd(0.1))
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_metrics_of_a_step(parameters, batch, accumulate):
+    _, metrics = take_step(parameters, batch, optax.sgd(0.1), accumulate)
+    assert metrics.keys() == step.METRICS.keys()
     weights = batch["weights_BA"]
-    expected = (losses_by_hand(parameters, batch) * weights).sum() / weights.sum()
-    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
+    terms = losses_by_hand(parameters, batch) * weights
+    np.testing.assert_allclose(metrics["loss_BA"], terms, rtol=1e-5, atol=1e-6)  # in the order of the rows
+    assert float(metrics["loss"]) == pytest.approx(terms.sum() / weights.sum(), rel=1e-6)
     assert int(metrics["num_tokens"]) == (weights > 0).sum() == 22
 
 
@@ -114,7 +117,7 @@ def test_micro_batches_change_nothing(parameters, batch, accumulate):
     """SGD, so that the update is the gradient itself and no optimizer hides a wrong scale."""
     (whole, metrics), (parts, in_parts) = (take_step(parameters, batch, optax.sgd(1.0), n) for n in (1, accumulate))
     for name in metrics:
-        assert float(in_parts[name]) == pytest.approx(float(metrics[name]), rel=1e-6), name
+        np.testing.assert_allclose(in_parts[name], metrics[name], rtol=1e-6, err_msg=name)
     for one, same in zip(jax.tree.leaves(whole.parameters), jax.tree.leaves(parts.parameters), strict=True):
         np.testing.assert_allclose(one, same, rtol=1e-6, atol=1e-6 * float(np.abs(one).max()))
 
