@@ -1,6 +1,7 @@
 """Jobs of a real SLURM: requeued, at their time limit, cancelled, in an array; they end as an undisturbed run does."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -69,11 +70,14 @@ def test_two_tasks_that_are_requeued_go_on_exactly(cluster, scenes, tmp_path, ca
     number = submit(cluster, job, TWO)
     await_steps(cluster, number, job, 8)
     assert cluster.call("scontrol", "requeue", number).returncode == 0
+    await_steps(cluster, number, job, 8)
+    cluster.call("scancel", "--signal=TERM", number)  # to the tasks alone: what preemption begins with
     assert cluster.await_state(number, "COMPLETED", "FAILED") == "COMPLETED", log_of(tmp_path)[-3000:]
-    assert cluster.job(number)["Restarts"] == "1"
+    assert cluster.job(number)["Restarts"] == "2"
     text = log_of(tmp_path)
     assert f"on {TWO.processes} cpu" in text
-    assert "stopped by SIGTERM after step" in text, text[-3000:]
+    assert len(set(re.findall("stopped by SIGTERM after step [0-9]+", text))) == 2, text[-3000:]
+    assert text.count("requeued: ") == 1  # SLURM itself has done the other
     assert job.steps() == STEPS  # no step was done twice: it was saved before SLURM took the nodes
     assert_same(job, calm)
 

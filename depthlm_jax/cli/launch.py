@@ -70,14 +70,15 @@ def read_job(values: flags.FlagValues, config: config_module.Config) -> jobs.Job
     words = {word: values[word].value for word in ("image", "queue", "accelerator")}
     checks.check_words({"name": name} | words | ({f"volume {values.target}": values.volume} if cloud else {}))
     checks.check_workdir(workdir)
+    recipe = values["config"].config_filename
     if cloud:
-        checks.check_mounted(values["config"].config_filename, workdir)
+        checks.check_mounted(workdir)
+        recipe = checks.recipe_there(recipe)
     where, kind = _place(values)
     if values.target == "gke":
         checks.check_joined(where)
     if values.target != "local":  # which sees its own devices
         checks.check_mesh(config, where)
-    recipe = values["config"].config_filename
     given = command.overrides(values, sys.argv[1:])
     train = (f"--config={recipe}", *given, f"--workdir={workdir}")
     return jobs.Job(

@@ -69,15 +69,22 @@ def check_workdir(workdir: str) -> None:
         lock.hold(Path(workdir)).close()
 
 
-def check_mounted(recipe: str, workdir: str) -> None:
-    """Raises InputError for what the hosts of a cloud would not have, or not keep."""
-    if not Path(recipe.split(":")[0]).resolve().is_relative_to(ROOT):
-        raise InputError(
-            f"launch: {recipe} does not travel with the repository", found=f"a recipe outside of {ROOT}",
-            expected="a recipe below it", fix="copy it into configs/",
-        )  # fmt: skip
+def check_mounted(workdir: str) -> None:
+    """Raises InputError for a workdir that the hosts of a cloud would not keep."""
     if not Path(workdir).is_relative_to(MOUNT) or Path(workdir) == Path(MOUNT):
         raise InputError(
             "launch: the workdir would be lost with its host", found=workdir,
             expected=f"a folder below {MOUNT}, where --volume is mounted", fix=f"give --workdir={MOUNT}/runs/NAME",
         )  # fmt: skip
+
+
+def recipe_there(recipe: str) -> str:
+    """Returns the recipe as it is named in a copy of the repository; raises InputError if it is not in there."""
+    file, colon, argument = recipe.partition(":")
+    path = Path(file).resolve()
+    if not path.is_relative_to(ROOT.resolve()):
+        raise InputError(
+            f"launch: {recipe} does not travel with the repository", found=f"a recipe outside of {ROOT}",
+            expected="a recipe below it", fix="copy it into configs/",
+        )  # fmt: skip
+    return f"{path.relative_to(ROOT.resolve())}{colon}{argument}"

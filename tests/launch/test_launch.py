@@ -159,6 +159,8 @@ def test_a_recipe_that_stays_behind_is_refused(launch, tmp_path):
     for flags in (GKE, TPU_VM):
         status, _, err = launch(f"--config={recipe}", *flags, "--dry_run")
         assert status == 1 and "does not travel with the repository" in err and "copy it into configs/" in err
+        status, out, _ = launch(f"--config={ROOT}/{RECIPE[9:]}:x", *flags, "--dry_run")
+        assert status == 0 and f"{RECIPE}:x" in out and f"{ROOT}/configs" not in out
     assert launch(f"--config={recipe}", *SLURM, "--dry_run")[0] == 0  # nodes of a cluster share their storage
 
 

@@ -1,8 +1,7 @@
-"""Every command in launch/README.md is run as it is printed; they are dry runs, but for `plan`, which is tested elsewhere."""
+"""Every command in launch/README.md is run as it is printed; they are dry runs."""
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,6 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "launch/README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)).replace("\\\n", "")
 COMMANDS = [line for line in BLOCKS.splitlines() if line]
-LAUNCHES = [line for line in COMMANDS if " launch " in line]
 
 
 def run(command: str, capsys, monkeypatch) -> tuple[int, str, str]:
@@ -24,24 +22,15 @@ def run(command: str, capsys, monkeypatch) -> tuple[int, str, str]:
     return (program.main(arguments), *capsys.readouterr())
 
 
-@pytest.mark.parametrize("command", LAUNCHES, ids=range(len(LAUNCHES)))
+@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
 def test_launch_commands_run(command, capsys, monkeypatch):
     status, out, err = run(command, capsys, monkeypatch)
     assert status == 0 and "train" in out, err
 
 
 def test_there_is_no_other_command():
-    assert len(LAUNCHES) == 5 and all(line.startswith("python -m depthlm_jax ") for line in COMMANDS)
-    others = [line for line in COMMANDS if line not in LAUNCHES]
-    # Compiled in minutes; the flags are read here, and tests/plan compiles.
-    assert others == ["python -m depthlm_jax plan --config=configs/qwen2_5_vl_3b.py --topology=v5e-64"]
-
-
-@pytest.mark.slow
-def test_the_other_command_runs():
-    (command,) = [line for line in COMMANDS if line not in LAUNCHES]
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "v5e-64: fits" in done.stdout, done.stderr
+    assert len(COMMANDS) == 5
+    assert all(line.startswith("python -m depthlm_jax launch ") and " --dry_run " in line for line in COMMANDS)
 
 
 def test_files_that_it_names_exist():

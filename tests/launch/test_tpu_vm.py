@@ -30,7 +30,7 @@ case "$3 $4 $*" in
   "tpu-vm describe "*) answer node ;;
   "tpu-vm ssh "*--worker=0*" state"*) answer first ;;
   "tpu-vm ssh "*" state"*) answer workers | tr , '\n' ;;
-  "tpu-vm ssh "*--output-directory=*) echo log >"${*##*--output-directory=}/0.log" ;;
+  "tpu-vm ssh "*--output-directory=*) last=${!#}; echo log >"${last#*=}/0.log" ;;
   "tpu-vm scp "*) cp "$5" "$PLAY/code.tgz" ;;
 esac
 """
