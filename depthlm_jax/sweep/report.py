@@ -82,8 +82,9 @@ def _scores(found: list[Result], metric: str) -> list[str]:
 
 
 def _others(found: list[Result]) -> list[str]:
-    names = {name for result in found for name in result.numbers}
-    return ["loss", *sorted(name for name in names if name.startswith("share/")), "samples", "device_seconds"]
+    names = sorted({name for result in found for name in result.numbers})
+    of_sources = [name for name in names if name.startswith(("loss/", "share/"))]
+    return ["loss", *of_sources, "samples", "device_seconds"]
 
 
 def _ranking(ranked: list[Group], found: list[Result], metric: str) -> str:
@@ -147,7 +148,7 @@ def _estimate(mean: float, half: float) -> str:
 
 
 def _heading(name: str) -> str:
-    return UNITS[name][0] if name in UNITS else name.replace("share/", "share of ")
+    return UNITS[name][0] if name in UNITS else name.replace("/", " of ")
 
 
 def _number(name: str, value: float) -> str:

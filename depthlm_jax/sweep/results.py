@@ -79,11 +79,11 @@ def _score(scores: dict, measure: str) -> float:
 
 
 def _training(run: Run, step: int) -> dict[str, float]:
-    """Returns the last loss, how many samples there were and each source's share of them, and what it cost."""
+    """Returns the last loss, also of each source, how many samples there were, each source's share, and the cost."""
     numbers, workdir = {}, run.workdir
     lines = [line for line in files.read_lines(workdir / "metrics.jsonl") if line["step"] <= step]
     if lines:
-        numbers["loss"] = lines[-1]["loss"]
+        numbers |= {name: value for name, value in lines[-1].items() if name == "loss" or name.startswith("loss/")}
     if step:
         data = checkpoint.read_run(workdir, step)["data"]
         ahead = collections.Counter(source for source, _ in data["waiting"])  # planned, not trained on

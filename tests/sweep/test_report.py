@@ -56,7 +56,8 @@ def train(run: expand.Run, delta1: tuple, step: int = 100, evaluated: int | None
     last = step if evaluated is None else evaluated
     lines = [evaluation(last, name, one, 0.5 - one / 2) for name, one in zip(SETS, delta1, strict=True)]
     write_lines(run.workdir / "evaluations.jsonl", [early, *lines])
-    write_lines(run.workdir / "metrics.jsonl", [{"step": 50, "loss": 2.0}, {"step": step, "loss": 1.25}])
+    metrics = [{"step": 50, "loss": 2.0}, {"step": step, "loss": 1.25, "loss/near": 1.5}]
+    write_lines(run.workdir / "metrics.jsonl", metrics)
     write_lines(run.workdir / "starts.jsonl", [{"mesh": {"replica": 1, "data": 2, "fsdp": 2, "tensor": 1}}])
     spent = dict.fromkeys(("start", "compile", "data", "save", "evaluation"), 10.0)
     first, second = spent | {"step": 50.0}, spent | {"step": 20.0}
@@ -92,10 +93,10 @@ def test_runs_that_differ_in_seeds_are_averaged_and_ranked(tmp_path, capsys):
     text = (tmp_path / "report.md").read_text()
     table = rows(text.split("## Runs")[0])
     assert table[0] == ["", "near", "far", "runs", "mean/delta1", "rooms/delta1", "streets/delta1", "mean/abs_rel",
-                        "loss", "share of far", "share of near", "samples", "device-hours"]  # fmt: skip
+                        "loss", "loss of near", "share of far", "share of near", "samples", "device-hours"]  # fmt: skip
     assert table[2] == ["1", "0.5", "0.5", "3", "0.600 ± 0.248", "0.700 ± 0.248", "0.500 ± 0.248", "0.200 ± 0.124",
-                        "1.250", "0.500", "0.500", "3,000", "0.189"]  # 4 devices × 170 s; fmt: skip
-    assert table[3][:6] == ["2", "1", "0", "1 of 3", "0.500", "0.900"] and table[3][9:11] == ["0.000", "1.000"]
+                        "1.250", "1.500", "0.500", "0.500", "3,000", "0.189"]  # 4 devices × 170 s; fmt: skip
+    assert table[3][:6] == ["2", "1", "0", "1 of 3", "0.500", "0.900"] and table[3][10:12] == ["0.000", "1.000"]
     assert table[4][:6] == ["3", "0", "1", "0 of 3", "–", "–"]
     assert "4 of 9 runs of recipe.py are finished. Ranked by mean/delta1." in text
     assert "δ1 of the best constant answer: rooms: 0.200 (2.50), streets: 0.200 (2.50)." in text
