@@ -12,6 +12,7 @@ COMMANDS = {
     "report": "one HTML page about a run: curves, scores, answers, mixture, time; several runs are compared",
     "plan": "the training step, compiled for a TPU slice that need not be there: memory, traffic, best speed",
     "launch": "train on a cluster: a SLURM job, a JobSet on Kubernetes, Cloud TPU slices; or print what would run",
+    "sweep": "many runs of a recipe, here or on a cluster, and the table and pictures that compare them",
     "curate": "a data set → records on disk",
     "bench": "the measurements that the README quotes, each against a named peer: bench train, decode, data, …",
 }

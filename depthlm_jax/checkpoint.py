@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from depthlm_jax import tree
+from depthlm_jax import files, tree
 from depthlm_jax.errors import InputError
 
 CHUNK_BYTES = 2**26  # of a parameter on disk; whoever reads it holds a few chunks beside it, instead of all of it again
@@ -180,6 +180,11 @@ class _Best:
 
 def _same(path: str, saved: Mapping, shapes: Mapping) -> bool:
     return path in saved and path in shapes and tuple(saved[path].shape) == tuple(shapes[path])
+
+
+def read_run(workdir: Path, step: int) -> dict:
+    """Returns `run` as it was saved with a checkpoint, without a manager, which would ask for devices."""
+    return files.read_json(workdir / "checkpoints" / str(step) / "run" / "metadata", "restore that checkpoint")
 
 
 def abstract(arrays, shardings):

@@ -13,11 +13,15 @@ from depthlm_jax.errors import InputError
 UNSUPPORTED = "file systems without locks cannot tell that a second run uses this folder"
 
 
-def hold(workdir: Path) -> IO[str]:
+def hold(workdir: Path, otherwise: str = "another run trains here") -> IO[str]:
     """Returns an open file that keeps other runs away until it is closed or the process ends, however it ends.
 
+    Args:
+      workdir: that is kept.
+      otherwise: what the error says.
+
     Raises:
-      InputError: another run holds it.
+      InputError: another process holds it.
     """
     file = (workdir / "lock").open("a+")
     try:
@@ -27,7 +31,7 @@ def hold(workdir: Path) -> IO[str]:
         holder = file.read().strip() or "another process"
         file.close()
         raise InputError(
-            f"{workdir}: another run trains here", found=holder, expected="one run at a time",
+            f"{workdir}: {otherwise}", found=holder, expected="one at a time",
             fix="wait for it or end it, or give another --workdir",
         ) from error  # fmt: skip
     except OSError as error:

@@ -1,14 +1,10 @@
 """What the commands share: flags, recipes, the JSON line, errors that end a program without a traceback."""
 
-import difflib
 import importlib
 import itertools
 import json
 import re
-import runpy
 import sys
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
@@ -16,11 +12,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from depthlm_jax import config as config_module
-from depthlm_jax import config_errors
+from depthlm_jax import config_errors, recipes
 from depthlm_jax.errors import InputError
+from depthlm_jax.sweep import expand
 
 PROGRAM = "python -m depthlm_jax"
-RECIPES = Path(__file__).parents[2] / "configs"
 
 
 class UsageError(Exception):
@@ -84,7 +80,7 @@ def define_word(values: flags.FlagValues, words: list[str], text: str) -> None:
 def read_config(values: flags.FlagValues) -> config_module.Config:
     """Returns the recipe with its overrides, validated."""
     if values.config is None:
-        raise UsageError(f"--config is needed; recipes here: {', '.join(_recipes())}")
+        raise UsageError(f"--config is needed; recipes here: {', '.join(recipes.names())}")
     return config_module.parse(values.config)
 
 
@@ -113,6 +109,8 @@ def _help(values: flags.FlagValues) -> str:
 
 
 def _parse(values: flags.FlagValues, name: str, arguments: list[str]) -> None:
+    if "sweep" in values:
+        arguments = _with_recipe(arguments)
     if "config" in values:
         _check_config(arguments)
     try:
@@ -131,59 +129,28 @@ def _parse(values: flags.FlagValues, name: str, arguments: list[str]) -> None:
         raise UsageError(f"what is {' '.join(rest)!r}? flags are written --name=value")
 
 
+def _with_recipe(arguments: list[str]) -> list[str]:
+    """Returns the arguments with the recipe of --sweep in front, unless one is given: --config.… changes its fields."""
+    if any(re.match("--?config(=|$)", argument) for argument in arguments):
+        return arguments
+    pairs = itertools.pairwise([*arguments, ""])
+    places = [one.partition("=")[2] or after for one, after in pairs if re.match("--?sweep(=|$)", one)]
+    return [*(f"--config={expand.load(place).recipe}" for place in places[-1:]), *arguments]
+
+
 def _check_config(arguments: list[str]) -> None:
     """Raises InputError, where ml_collections would show a traceback, for a wrong recipe or override."""
     recipe = None
     for argument, after in itertools.pairwise([*arguments, ""]):
         if re.match("--?config(=|$)", argument):
-            recipe = _load(argument.partition("=")[2] or after)
+            recipe = recipes.load(argument.partition("=")[2] or after)
         override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if override and recipe is not None:
             _check_override(override[1], recipe)
 
 
-def _load(recipe: str) -> ml_collections.ConfigDict:
-    """Returns what the `get_config` of a recipe file returns; `recipe` may end in `:` and its argument."""
-    file, *argument = recipe.split(":", 1)
-    if not Path(file).is_file():
-        near = difflib.get_close_matches(Path(file).stem, [Path(recipe).stem for recipe in _recipes()], n=1)
-        raise InputError(
-            f"unknown recipe {file!r}", found="no such file", expected=f"one of {', '.join(_recipes())}",
-            fix=f"did you mean configs/{near[0]}.py?" if near else "give the path of a recipe",
-        )  # fmt: skip
-    try:
-        config = runpy.run_path(file)["get_config"](*argument)
-    except InputError:
-        raise
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
-        raise InputError(
-            f"{file}:{line}: the recipe cannot be run", found=f"{type(error).__name__}: {error}",
-            expected="a file whose get_config() returns the recipe", fix="correct that line; --debug shows more",
-        ) from error  # fmt: skip
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise InputError(
-            f"{file}: get_config() returns no recipe", found=type(config).__name__,
-            expected="depthlm_jax.config.default_config(), changed", fix="end get_config() with: return config",
-        )  # fmt: skip
-    return config
-
-
 def _check_override(path: str, recipe: ml_collections.ConfigDict) -> None:
     field = re.sub(r"(\[[^]]*])+$", "", path)  # an item of a list
-    known = list(_fields(recipe, ""))
+    known = list(recipes.fields(recipe))
     if field not in known:
         raise config_errors.unknown_key(field, known)
-
-
-def _fields(section: ml_collections.ConfigDict, path: str) -> Iterator[str]:
-    for name, value in section.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from _fields(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}"
-
-
-def _recipes() -> list[str]:
-    return [f"configs/{file.name}" for file in sorted(RECIPES.glob("*.py"))]

@@ -24,6 +24,9 @@ def define_flags(values: flags.FlagValues) -> None:
     command.define_path(values, "output", "folder for the records; a complete data set of the same is kept")
     flags.DEFINE_integer("train", 3000, "synthetic: training scenes", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("validation", 300, "synthetic: validation scenes", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum(
+        "world", "wide", sorted(synthetic.WORLDS), "synthetic: cameras and distances of the scenes", flag_values=values
+    )
     command.define_path(values, "input", "jsonl: the .jsonl file; local, or gs://… and the like")
     command.define_path(values, "image_root", "jsonl: folder that image paths start from, if not the file's own")
     flags.DEFINE_enum(
@@ -55,7 +58,8 @@ def run(values: flags.FlagValues) -> dict:
 
 def _synthetic(values: flags.FlagValues) -> dict:
     output = command.read_path(values, "output")
-    folder = synthetic.build(output, values.train, values.validation, log.Progress("scenes"), values.workers)
+    progress = log.Progress("scenes")
+    folder = synthetic.build(output, values.train, values.validation, progress, values.workers, values.world)
     return {"path": str(folder)}
 
 

@@ -40,6 +40,26 @@ CAMERAS = np.array(  # fx, fy, cx, cy, W, H; about 96-118 px wide and high at a 
     ]
 )
 
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What differs between the worlds that scenes are drawn from; ranges of which each ratio is equally likely."""
+
+    cameras: tuple[int, ...]  # rows of CAMERAS
+    camera_height_m: tuple[float, float]
+    open_ground: float  # share of scenes without walls
+    wall_m: tuple[float, float]  # distance of the wall ahead
+    nearest_m: float  # of the objects
+    label_m: tuple[float, float]  # of the labels
+
+
+WORLDS = {
+    "wide": World((0, 1, 2, 3, 4, 5), (0.35, 1.9), 0.4, (3.0, 30.0), 1.0, DEPTH_RANGE_M),
+    "near": World((0, 2, 4), (0.35, 1.0), 0.0, (2.0, 5.0), 1.0, (0.7, 4.0)),  # wide angles, small rooms
+    "far": World((1, 3, 5), (1.0, 2.5), 0.5, (12.0, 30.0), 5.0, (5.0, 30.0)),  # long lenses, halls, open ground
+}
+
 # Sand nearby, lavender in the middle, blue far away. One channel after the other gives way to the haze: blue within
 # 2 m, green within 6 m, red within 17 m, so that the colour keeps changing over the whole range of distances.
 HAZE_LENGTH_M = np.array([17.0, 5.5, 1.7])
@@ -72,19 +92,19 @@ class Solid:
     albedo: np.ndarray  # (3,) share of SURFACE_RGB that it shows
 
 
-def render(seed: tuple[int, ...]) -> Scene:
+def render(seed: tuple[int, ...], world: World = WORLDS["wide"]) -> Scene:
     """Returns the scene of a seed: the same numbers give the same scene, bit for bit."""
     rng = np.random.default_rng(np.random.SeedSequence(seed))
-    intrinsics = CAMERAS[rng.integers(len(CAMERAS))]
+    intrinsics = CAMERAS[world.cameras[rng.integers(len(world.cameras))]]
     shape = int(intrinsics[5]), int(intrinsics[4])
     yaw = rng.uniform(-0.6, 0.6)
     rays_3R = cast_rays(intrinsics, yaw, pitch=rng.uniform(-0.02, 0.32), roll=rng.uniform(-0.04, 0.04))
-    solids = place_solids(rng, yaw)
+    solids = place_solids(rng, yaw, world)
     depth_SR = np.stack([first_hit(solid, rays_3R) for solid in solids])
     owner_R, depth_R = depth_SR.argmin(axis=0), depth_SR.min(axis=0)
     rgb_3R, surface_R = paint(rays_3R, depth_R, owner_R, solids, intrinsics[0])
     depth_HW = depth_R.reshape(shape)
-    points = choose_points(rng, depth_HW, surface_R.reshape(shape), intrinsics[0])
+    points = choose_points(rng, depth_HW, surface_R.reshape(shape), intrinsics[0], world.label_m)
     return Scene(
         image_HW3=np.ascontiguousarray(rgb_3R.T).reshape(*shape, 3),
         depth_HW=depth_HW,
@@ -115,22 +135,22 @@ def yaw_matrix(yaw: float) -> np.ndarray:
     return np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
 
 
-def place_solids(rng: Generator, view_yaw: float) -> list[Solid]:
+def place_solids(rng: Generator, view_yaw: float, world: World) -> list[Solid]:
     """Returns a room (or hall, or open ground) and what stands in it, most of it in view."""
-    floor_m = log_uniform(rng, 0.35, 1.9)
-    if rng.random() < 0.4:
+    floor_m = log_uniform(rng, *world.camera_height_m)
+    if rng.random() < world.open_ground:
         far_m, low, high = 28.0, np.full(3, -np.inf), np.array([np.inf, floor_m, np.inf])
     else:
-        far_m = log_uniform(rng, 3.0, 30.0)
+        far_m = log_uniform(rng, *world.wall_m)
         left, right, ceiling = rng.uniform(1.2, 2.5, 3) * far_m ** np.array([0.4, 0.4, 0.2])
         low, high = np.array([-left, floor_m - 0.7 - ceiling, -3.0]), np.array([right, floor_m, far_m])
-    objects = [place_object(rng, floor_m, far_m, view_yaw) for _ in range(rng.integers(3, 8))]
+    objects = [place_object(rng, floor_m, (world.nearest_m, far_m), view_yaw) for _ in range(rng.integers(3, 8))]
     return [Solid("room", np.zeros(3), 0.0, low, high, albedo(rng)), *objects]
 
 
-def place_object(rng: Generator, floor_m: float, far_m: float, view_yaw: float) -> Solid:
-    """Returns a box or a ball on the floor, between 1 m and `far_m` from the camera."""
-    distance_m, bearing = log_uniform(rng, 1.0, far_m), view_yaw + rng.uniform(-0.5, 0.5)
+def place_object(rng: Generator, floor_m: float, range_m: tuple[float, float], view_yaw: float) -> Solid:
+    """Returns a box or a ball on the floor, within `range_m` from the camera."""
+    distance_m, bearing = log_uniform(rng, *range_m), view_yaw + rng.uniform(-0.5, 0.5)
     half_m = np.full(3, rng.uniform(0.12, 0.3) * distance_m**0.75)
     kind = "box" if rng.random() < 0.65 else "ball"
     if kind == "box":
@@ -219,13 +239,15 @@ def contact_shadow(world_3M: np.ndarray, objects: list[Solid]) -> np.ndarray:
     return light_M
 
 
-def choose_points(rng: Generator, depth_HW: np.ndarray, surface_HW: np.ndarray, focal_px: float) -> np.ndarray:
+def choose_points(
+    rng: Generator, depth_HW: np.ndarray, surface_HW: np.ndarray, focal_px: float, label_m: tuple[float, float]
+) -> np.ndarray:
     """Returns POINTS different pixels (N, 2) int x, y: not at border or edge, each ratio of depths equally likely."""
     margin = int(np.ceil(MARGIN_PX * focal_px / 100))
-    valid_HW = (depth_HW >= DEPTH_RANGE_M[0]) & (depth_HW <= DEPTH_RANGE_M[1]) & one_surface(surface_HW)
+    valid_HW = (depth_HW >= label_m[0]) & (depth_HW <= label_m[1]) & one_surface(surface_HW)
     y_C, x_C = np.nonzero(valid_HW[margin:-margin, margin:-margin])
     y_C, x_C = y_C + margin, x_C + margin
-    bin_C = np.floor(np.log(depth_HW[y_C, x_C] / DEPTH_RANGE_M[0]) / np.log(1.18)).astype(int)
+    bin_C = np.floor(np.log(depth_HW[y_C, x_C] / label_m[0]) / np.log(1.18)).astype(int)
     weight_C = 1.0 / np.bincount(bin_C)[bin_C]
     chosen = rng.choice(len(y_C), size=POINTS, replace=False, p=weight_C / weight_C.sum())
     return np.stack([x_C[chosen], y_C[chosen]], axis=1)
@@ -253,9 +275,10 @@ class SplitExamples:
     """The TFDS example of each scene of a split."""
 
     split_number: int
+    world: World
 
     def __call__(self, scene_number: int) -> dict[str, object]:
-        return example(render(scene_seed(self.split_number, scene_number)))
+        return example(render(scene_seed(self.split_number, scene_number), self.world))
 
 
 def example(scene: Scene) -> dict[str, object]:
@@ -279,6 +302,7 @@ def build(
     val_scenes: int,
     progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
+    world: str = "wide",
 ) -> Path:
     """Returns the folder of the prepared data set, to be given as `Source.path`; renders it unless it is there.
 
@@ -288,10 +312,13 @@ def build(
       val_scenes: scenes of the split `validation`.
       progress: called with the number of scenes done and of all scenes.
       workers: processes; see `writer.write` for what more than one needs.
+      world: a key of WORLDS.
     """
-    home = Path(data_dir) / f"{train_scenes}_{val_scenes}"  # copies of other sizes stay untouched beside it
+    name = "" if world == "wide" else f"{world}_"
+    home = Path(data_dir) / f"{name}{train_scenes}_{val_scenes}"  # copies of other sizes stay untouched beside it
     counts = dict(zip(SPLITS, (train_scenes, val_scenes), strict=True))
-    splits = {split: (count, SplitExamples(number)) for number, (split, count) in enumerate(counts.items())}
+    examples = (SplitExamples(number, WORLDS[world]) for number in range(len(SPLITS)))
+    splits = {split: (count, of) for (split, count), of in zip(counts.items(), examples, strict=True)}
     if train_scenes + val_scenes <= ONE_PROCESS_SCENES:
         workers = 1
     shards = SHARDS if workers > 1 else 1

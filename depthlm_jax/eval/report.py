@@ -98,7 +98,7 @@ def loss_curve(records: list[dict], file: Path) -> None:
     )
     for axes in (above, below):
         axes.grid(alpha=0.3, which="both")
-    _write(file, lambda: figure.savefig(file, dpi=120))
+    write_picture(file, lambda: figure.savefig(file, dpi=120))
 
 
 def scatter(truth: Sequence[float], answers: Sequence[float | None], file: Path, unit: str = "m") -> None:
@@ -132,7 +132,7 @@ def scatter(truth: Sequence[float], answers: Sequence[float | None], file: Path,
     axes.set_title(f"{len(truth)} points: δ1 = {right:.3f}, {unread} without an answer", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", fontsize=9)
-    _write(file, lambda: figure.savefig(file, dpi=120))
+    write_picture(file, lambda: figure.savefig(file, dpi=120))
 
 
 def answer_sheet(
@@ -308,9 +308,9 @@ def _save_sheet(cells: list[Image.Image], heading: list[Piece], columns: int, fi
         for column, cell in enumerate(line):
             sheet.paste(cell, (GAP_PX + column * (TILE_PX + GAP_PX), y))
         y += height + GAP_PX
-    _write(file, lambda: sheet.save(file, optimize=True))
+    write_picture(file, lambda: sheet.save(file, optimize=True))
     if Path(file).stat().st_size > MAX_BYTES:
-        _write(file, lambda: _few_colours(sheet).save(file, optimize=True))
+        write_picture(file, lambda: _few_colours(sheet).save(file, optimize=True))
 
 
 def _few_colours(sheet: Image.Image) -> Image.Image:
@@ -321,7 +321,7 @@ def _few_colours(sheet: Image.Image) -> Image.Image:
     return sheet.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
-def _write(file: Path, save: Callable[[], None]) -> None:
+def write_picture(file: Path, save: Callable[[], None]) -> None:
     """Saves a picture; raises InputError where the name or the folder does not allow it."""
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
