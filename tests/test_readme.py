@@ -138,6 +138,13 @@ def test_recipe_lines_of_the_readme():
     assert data.reference.questions == 10 and data.tasks.two_points == 0.5
 
 
+def test_messages_of_the_readme_are_in_the_code():
+    table = README.split("## Messages")[1].split("## ")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
+    code = "\n".join(file.read_text() for file in (ROOT / "depthlm_jax").rglob("*.py"))
+    assert len(messages) >= 10 and [message for message in messages if message not in code] == []
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
 def test_links_of_the_readme_lead_to_files(link):
     assert (ROOT / link).exists()
