@@ -55,6 +55,8 @@ def test_an_unknown_command_is_wrong_usage(capsys):
         (["verify"], "--hf_dir is needed"),
         (["export", "--output=x"], "give either --workdir or --hf_dir"),
         (["curate", "--dataset=moon", "--output=x"], "moon"),
+        (["sweep", "--workdir=x"], "--sweep is needed"),
+        (["sweep", f"--sweep={ROOT}/configs/sweeps/demo_mixture.py", "--config.train.seed=x"], "invalid literal"),
     ],
 )
 def test_wrong_usage_says_what_is_wrong(capsys, arguments, text):
@@ -91,6 +93,11 @@ def test_wrong_usage_says_what_is_wrong(capsys, arguments, text):
         (["evaluate", DEMO, "--workdir=no/such/run"], ["no run here", "train first, or correct --workdir"]),
         (["export", "--workdir=no/such/run", "--output=x"], ["no run here"]),
         (["verify", "--hf_dir=no/such/folder"], ["config.json"]),
+        (["sweep", "--sweep=demo_mixtur.py", "--workdir=x"], ["unknown sweep", "mean configs/sweeps/demo_mixture.py?"]),
+        (
+            ["sweep", f"--sweep={ROOT}/configs/sweeps/demo_mixture.py", "--workdir=x", "--config.optim.nam=lion"],
+            ["unknown field 'optim.nam'", "did you mean 'optim.name'?"],
+        ),
     ],
 )
 def test_a_named_error_says_what_was_found_and_what_to_do(capsys, tmp_path, monkeypatch, arguments, texts):

@@ -21,6 +21,11 @@ def get_config(arg: str = ""):
     )
     config.eval.answer_prefix = "<think> The point is around "  # so that only the number is decoded
     config.eval.max_new_tokens = 8
+    config.data.geometry.focal_px = 50.0  # images of 48 px: nine image tokens
+    config.data.geometry.crop_width = config.data.geometry.crop_height = (48, 48)
+    config.data.reference.scale = 1
+    config.data.max_tokens = 125
+    config.data.max_patches = 64
     config.data.global_batch_rows = 32
     config.train.max_steps = 200
     config.train.save_steps = 100

@@ -168,3 +168,26 @@ def test_neither_tensorflow_nor_jax_is_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["near", "far"])
+def test_a_world_has_its_own_cameras_and_distances(name):
+    world = synthetic.WORLDS[name]
+    made = [synthetic.render(synthetic.scene_seed(0, number), world) for number in range(40)]
+    depth_m = np.concatenate([scene.depth_m for scene in made])
+    low, high = world.label_m
+    assert depth_m.min() >= low and depth_m.max() <= high and np.ptp(np.log(depth_m)) > 0.8 * np.log(high / low)
+    assert {scene.intrinsics[0] for scene in made} == {synthetic.CAMERAS[row][0] for row in world.cameras}
+
+
+def test_near_and_far_have_no_camera_and_no_distance_in_common():
+    near, far = synthetic.WORLDS["near"], synthetic.WORLDS["far"]
+    assert not {*near.cameras} & {*far.cameras} and near.label_m[1] < far.label_m[0]
+    assert synthetic.CAMERAS[[*near.cameras], 0].max() < synthetic.CAMERAS[[*far.cameras], 0].min()
+
+
+def test_worlds_lie_beside_one_another(tmp_path):
+    folders = [synthetic.build(tmp_path, 2, 1, world=name) for name in ("wide", "near", "far")]
+    assert [folder.parents[1].name for folder in folders] == ["2_1", "near_2_1", "far_2_1"]
+    depths = [records.open_source(Source(path=str(folder)))[0].depth_m for folder in folders]
+    assert depths[1].max() < depths[2].min()

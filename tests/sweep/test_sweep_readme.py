@@ -50,6 +50,9 @@ def test_readme_commands_run_in_their_order(place):
     assert set(swept["runs"].values()) == {"finished"} and len(swept["ranked"]) == 5
     assert swept == report
     assert len(dry["commands"]) == len(gke["commands"]) == 12 and len(slurm["commands"]) == 1
+    jobset = subprocess.run(f"{gke['commands'][0]} --dry_run", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert jobset.returncode == 0 and "kind: JobSet" in jobset.stdout, jobset.stderr
+    assert '"--workdir=/volume/runs/mine/runs/near=1,far=0,optim.learning_rate=0.001,seed=0"' in jobset.stdout
     assert (place / "runs/demo_mixture/mixture.png").is_file()
 
 
