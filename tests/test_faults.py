@@ -200,7 +200,7 @@ def test_a_disk_that_takes_nothing_is_told_and_the_run_goes_on_when_it_does(scen
         processes = job.start(ALONE)
         job.await_steps(15, processes)
         mend = spoil(disk, fault)
-        time.sleep(3)
+        time.sleep(6)  # in which a save is due
         mend()
         (output,) = finish(processes)
         assert "SAVE FAILED, number 1 in a row" in output, output[-3000:]
