@@ -9,6 +9,7 @@ COMMANDS = {
     "export": "checkpoint (or Hugging Face folder) → Hugging Face folder that PyTorch loads",
     "verify": "a Hugging Face folder in PyTorch and in JAX, side by side",
     "preview": "training samples exactly as the model sees them, mixture and fill of rows, as one HTML page",
+    "report": "one HTML page about a run: curves, scores, answers, mixture, time; several runs are compared",
     "plan": "the training step, compiled for a TPU slice that need not be there: memory, traffic, best speed",
     "launch": "train on a cluster: a SLURM job, a JobSet on Kubernetes, Cloud TPU slices; or print what would run",
     "sweep": "many runs of a recipe, here or on a cluster, and the table and pictures that compare them",

@@ -13,6 +13,16 @@ from depthlm_jax.errors import InputError
 CHUNK_BYTES = 2**26  # of a parameter on disk; whoever reads it holds a few chunks beside it, instead of all of it again
 
 
+def read_latest(workdir: Path) -> tuple[int, dict] | None:
+    """Returns the latest step and its `run` (see `Checkpoints.save`); None where nothing can be read."""
+    folder = Path(workdir).resolve() / "checkpoints"
+    try:
+        step = max(ocp.utils.checkpoint_steps(folder))
+        return step, ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / str(step) / "run")
+    except (OSError, ValueError):
+        return None
+
+
 class Checkpoints:
     """The checkpoints under `workdir/checkpoints`; saving is asynchronous.
 

@@ -195,6 +195,12 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Track:
+    tensorboard: bool = True  # event files in workdir/tensorboard
+    wandb_project: str = ""  # of Weights & Biases, whose own environment variables say who and where; empty: none
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     model: Model = Model()
     data: Data = Data()
@@ -203,6 +209,7 @@ class Config:
     eval: Eval = Eval()
     mesh: Mesh = Mesh()
     faults: Faults = Faults()
+    track: Track = Track()
 
 
 USERS = {"sources", "groups", "sets", "hf_config"}  # dicts whose keys are the user's

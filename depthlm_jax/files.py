@@ -54,6 +54,25 @@ def read_lines(file: Path) -> list[dict]:
         ) from error  # fmt: skip
 
 
+def readable_lines(file: Path) -> tuple[list[dict], list[str]]:
+    """Returns the JSON objects of a file, one a line, and a remark on each line that is none; no file has neither."""
+    records, remarks = [], []
+    lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if isinstance(values, dict):
+            records.append(values)
+        else:
+            torn = "torn, as a killed process leaves it" if number == len(lines) else "no JSON object"
+            remarks.append(f"{file}:{number}: {torn}; it is left out")
+    return records, remarks
+
+
 class Lines:
     """JSON lines that are added to a file; those that the disk does not take are kept until it does."""
 

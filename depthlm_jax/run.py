@@ -153,13 +153,7 @@ def reopen(workdir: Path, wanted: config_module.Config | None = None) -> Run:
     Raises:
       InputError: there is no run.
     """
-    file = workdir / "config.json"
-    if not file.exists():
-        raise InputError(
-            f"{workdir}: no run here", found=sorted(file.name for file in workdir.glob("*")) or "nothing",
-            expected="config.json, base/ and checkpoints/ of a training run", fix="train first, or correct --workdir",
-        )  # fmt: skip
-    saved = config_module.load(file)
+    saved = same_run.saved_config(workdir)
     if wanted is None:  # the model itself will not run
         model = dataclasses.replace(saved.model, attention="xla")
         alone = dataclasses.replace(saved, mesh=config_module.Mesh(1, 1, 1), model=model)

@@ -1,4 +1,6 @@
-"""What may differ between a workdir and the run that continues it."""
+"""The config of a workdir, and what may differ in the run that continues it."""
+
+from pathlib import Path
 
 from depthlm_jax import config
 from depthlm_jax.errors import InputError
@@ -9,8 +11,19 @@ FREE_TO_CHANGE = (
     *MIXTURE, "mesh", "eval", "model.attention", "model.remat", "model.unroll", "train.gradient_accumulation_steps",
     "train.compilation_cache", "train.save_steps", "train.keep_last", "train.keep_every", "train.keep_best",
     "train.logging_steps", "data.workers", "data.read_threads", "data.prefetch_rows", "data.max_bad_records",
-    "faults",
+    "faults", "track",
 )  # fmt: skip
+
+
+def saved_config(workdir: Path) -> config.Config:
+    """Returns the config that the run of a workdir was trained with; raises InputError if there is no run."""
+    file = workdir / "config.json"
+    if not file.exists():
+        raise InputError(
+            f"{workdir}: no run here", found=sorted(file.name for file in workdir.glob("*")) or "nothing",
+            expected="config.json, base/ and checkpoints/ of a training run", fix="train first, or correct --workdir",
+        )  # fmt: skip
+    return config.load(file)
 
 
 def differences(saved: config.Config, current: config.Config) -> list[str]:

@@ -79,7 +79,7 @@ class Cluster:
         """Returns PENDING, RUNNING, COMPLETING, COMPLETED, FAILED, …; of an array, name one of its jobs: 7_0."""
         return self.job(job).get("JobState", "UNKNOWN")
 
-    def await_state(self, job: str, *states: str, seconds: float = 300) -> str:
+    def await_state(self, job: str, *states: str, seconds: float = 900) -> str:
         """Returns the state in which the job is found, one of `states`."""
         limit = time.monotonic() + seconds
         while (state := self.state(job)) not in states:

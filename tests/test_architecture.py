@@ -19,20 +19,22 @@ PACKAGE = "depthlm_jax"
 LEVELS = (
     ("errors",),
     ("files", "config_errors", "config_rules"),
+    ("html_page", "event_files"),
     ("config", "batch", "tree", "models", "chips", "compiler"),
     ("hf", "parameter_groups", "same_run", "recipes"),
     ("data.", "models."),
     ("models.registry", "data.pipeline", "sharding", "log", "checkpoint", "watchdog", "lock", "environment"),
+    ("tracking",),
     ("run",),
     ("eval.",),
     ("train.",),
-    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench.", "launch.", "sweep."),
+    ("release", "verify", "model_card", "snippet", "hub", "plan.", "bench.", "launch.", "overview.", "sweep."),
     ("cli.",),
     ("__main__",),
 )
 LONGEST_CHAIN = 10  # imports, one after the other
 FILE_LINES, FUNCTION_LINES = 300, 60  # of code: no blank lines, comments, docstrings
-CONFIG_LEAVES = 87
+CONFIG_LEAVES = 89
 TOP_LEVEL = {
     "depthlm_jax", "configs", "launch", "tests", "requirements.txt", "README.md", "pyproject.toml", "LICENSE", ".ci",
     ".gitignore",

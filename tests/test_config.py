@@ -205,6 +205,7 @@ def test_loading_is_as_strict_as_parsing(tmp_path):
         ("train.save_steps", 7),
         ("data.max_bad_records", 1),
         ("data.workers", 2),
+        ("track.wandb_project", "depth"),
         ("data.mixture.size_exponent", 0.5),
         ("data.sources", {"main": {}, "other": {"weight": 0.1}}),
     ],

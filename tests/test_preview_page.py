@@ -1,12 +1,10 @@
 """preview as a user meets it: the command, its page, and the page in a browser."""
 
-import html
 import json
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 import worlds
@@ -31,26 +29,6 @@ def get_config(arg=""):
 """
 SAMPLES = 12
 WIDTHS_PX = 390, 1280
-# The page in frames of these widths; what is in them is written where --dump-dom shows it.
-FRAMES = """<!DOCTYPE html>
-<body><script>
-const measured = []
-for (const width of {widths}) {{
-  const frame = document.createElement("iframe")
-  frame.style = `border: 0; height: 4000px; width: ${{width}}px`
-  frame.onload = () => {{
-    const page = frame.contentDocument, root = page.documentElement
-    measured.push({{
-      width: root.clientWidth, needed: root.scrollWidth,
-      images: [...page.images].map(image => [image.complete, image.naturalWidth, image.getBoundingClientRect().width]),
-    }})
-    document.body.dataset.measured = JSON.stringify(measured)
-  }}
-  frame.srcdoc = {page}
-  document.body.append(frame)
-}}
-</script></body>
-"""
 
 
 def preview(recipe: Path, output: Path, *arguments: str) -> int:
@@ -120,27 +98,8 @@ def test_all_records_bad_is_an_error_with_the_reasons(recipe, tmp_path, capsys):
 # In a browser
 
 
-def chromium(folder: Path, *arguments: str) -> str:
-    """Returns what headless Chromium prints."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("chromium is not installed")
-    command = [
-        program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-        "--force-color-profile=srgb", f"--user-data-dir={folder / 'profile'}", *arguments,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_pictures_load_and_nothing_is_wider_than_a_phone_or_a_screen(page, tmp_path):
-    frames = tmp_path / "frames.html"
-    text = json.dumps(page.read_text(encoding="utf-8")).replace("</", "<\\/")
-    frames.write_text(FRAMES.format(widths=list(WIDTHS_PX), page=text), encoding="utf-8")
-    dom = chromium(tmp_path, "--dump-dom", frames.as_uri())
-    measured = json.loads(html.unescape(dom.split('data-measured="')[1].split('"')[0]))
+    measured = browser.measure(page, WIDTHS_PX, tmp_path)
     assert sorted(frame["width"] for frame in measured) == list(WIDTHS_PX)
     pictures = page.read_text(encoding="utf-8").count("<img ")
     for frame in measured:
@@ -154,7 +113,7 @@ def test_pictures_load_and_nothing_is_wider_than_a_phone_or_a_screen(page, tmp_p
 def test_page_is_seen_light_and_dark_with_its_markers(page, tmp_path, scheme, paper):
     shot = tmp_path / "page.png"
     setting = f"--blink-settings=preferredColorScheme={scheme}"
-    chromium(tmp_path, setting, f"--screenshot={shot}", "--window-size=1280,1600", page.as_uri())
+    browser.chromium(tmp_path, setting, f"--screenshot={shot}", "--window-size=1280,1600", page.as_uri())
     with Image.open(shot) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape == (1600, 1280, 3)

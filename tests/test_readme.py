@@ -122,8 +122,10 @@ def test_every_file_in_the_readme_exists():
     assert missing == []
     modules = {str(f.relative_to(ROOT / "depthlm_jax")) for f in (ROOT / "depthlm_jax").rglob("*.py")}
     folders = ("cli/", "models/qwen2_5_vl/", "models/pixtral/")
-    unnamed = {m for m in modules if m not in tree and not m.startswith(folders) and "__init__" not in m}
-    assert unnamed == set()
+    lines = {line.split()[0]: line for line in tree.splitlines()}  # that of a folder may name its files
+    modules -= {m for m in modules if Path(m).name in lines.get(f"{Path(m).parent}/", "").split()}
+    modules -= {m for m in modules if m in tree or m.startswith(folders) or "__init__" in m}
+    assert modules == set()
 
 
 def test_recipe_lines_of_the_readme():
@@ -136,6 +138,13 @@ def test_recipe_lines_of_the_readme():
     data = config.data
     assert {name: source.weight for name, source in data.sources.items()} == {"streets": 1.0, "rooms": 0.1}
     assert data.reference.questions == 10 and data.tasks.two_points == 0.5
+
+
+def test_messages_of_the_readme_are_in_the_code():
+    table = README.split("## Messages")[1].split("## ")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
+    code = "\n".join(file.read_text() for file in (ROOT / "depthlm_jax").rglob("*.py"))
+    assert len(messages) >= 10 and [message for message in messages if message not in code] == []
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))

@@ -51,7 +51,7 @@ def log_of(folder: Path) -> str:
     return "".join(file.read_text() for file in folder.glob("*.log"))
 
 
-def await_steps(cluster: slurm.Cluster, number: str, job: Job, more: int, seconds: float = 180) -> None:
+def await_steps(cluster: slurm.Cluster, number: str, job: Job, more: int, seconds: float = 600) -> None:
     before, limit = job.steps(), time.monotonic() + seconds
     while job.steps() < before + more:
         assert time.monotonic() < limit, log_of(job.folder)[-3000:]
@@ -86,7 +86,7 @@ def test_at_its_time_limit_a_job_requeues_itself_and_a_cancelled_one_stays_so(cl
     job = Job(tmp_path, scenes, CHANGES | {"train.max_steps": 100_000, "train.save_steps": 100_000})
     number = submit(cluster, job, ALONE, "--time=2", "--signal=B:TERM@65")
     await_steps(cluster, number, job, 3)
-    limit = time.monotonic() + 300
+    limit = time.monotonic() + 600
     while cluster.job(number)["Restarts"] == "0" or cluster.state(number) != "RUNNING":
         assert time.monotonic() < limit, log_of(tmp_path)[-3000:]
         time.sleep(0.5)

@@ -9,7 +9,7 @@ import numpy as np
 from absl import flags
 
 from depthlm_jax import config as config_module
-from depthlm_jax import config_rules, files, log
+from depthlm_jax import config_rules, html_page, log
 from depthlm_jax import run as runs
 from depthlm_jax.batch import RowShape
 from depthlm_jax.cli import command
@@ -44,7 +44,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> dict:
     config, output = command.read_config(values), command.read_path(values, "output")
-    check_name(output)
+    html_page.check_name(output)
     sources = pipeline.open_sources(config, log.Progress("index"))
     with tempfile.TemporaryDirectory() as folder:
         runs.write_base(config, Path(folder))
@@ -78,16 +78,6 @@ def run(values: flags.FlagValues) -> dict:
         "filled": {name: row["mean filled"] for name, row in filled}, "binds": packing.LIMITS[binds],
         "samples_per_row": len(ahead.slots) / len(ahead.rows),
     }  # fmt: skip
-
-
-def check_name(output: Path) -> None:
-    """Raises InputError unless a page can be written there."""
-    if output.suffix not in (".html", ".htm"):
-        raise InputError(
-            f"{output}: preview writes a page", found=output.suffix or "no ending",
-            expected="a name that ends in .html", fix=f"give --output={output.with_suffix('.html')}",
-        )  # fmt: skip
-    files.make_writable(output.parent)
 
 
 def plan_ahead(planner: plan.Planner, wanted: int) -> Ahead:

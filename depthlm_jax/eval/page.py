@@ -4,17 +4,16 @@ Pictures are put together from the samples' own patches, texts from their own to
 gets, not what it was meant to get.
 """
 
-import base64
 import dataclasses
 import io
 import itertools
 import math
 from collections.abc import Callable
 
-import jinja2
 import numpy as np
 from PIL import Image
 
+from depthlm_jax import html_page
 from depthlm_jax.batch import Sample
 from depthlm_jax.data.pipeline import Dropped
 from depthlm_jax.data.transforms import Example, Question
@@ -30,20 +29,9 @@ REASONS = 10  # shown of dropped samples
 PAPERS = 4  # colours behind supervised tokens, one a weight, the smallest weight first
 
 STYLE = """
-:root { --ink: #16181d; --grey: #666b75; --paper: #ffffff; --card: #f5f6f8; --line: #d5d8de; --bad: #b3261e;
-  --paper0: #bfe8c6; --paper1: #ffd08a; --paper2: #f3a6b8; --paper3: #b9c8f5; }
+:root { --paper0: #bfe8c6; --paper1: #ffd08a; --paper2: #f3a6b8; --paper3: #b9c8f5; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e9eaee; --grey: #989ea9; --paper: #121317; --card: #1c1e24; --line: #363a43; --bad: #ff8a80;
-    --paper0: #1d5b2c; --paper1: #75480a; --paper2: #782a3f; --paper3: #2c3f7d; } }
-:root { color-scheme: light dark; color: var(--ink); background: var(--paper); font: 15px/1.45 system-ui, sans-serif; }
-body { max-width: 90rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.45rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; }
-h3 { font-size: 1rem; margin: 0; } p { margin: .3rem 0; } .grey { color: var(--grey); } .bad { color: var(--bad); }
-h3, .plain, summary, pre { overflow-wrap: anywhere; } pre { white-space: pre-wrap; margin: .2rem 0 .8rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+  :root { --paper0: #1d5b2c; --paper1: #75480a; --paper2: #782a3f; --paper3: #2c3f7d; } }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem;
   align-items: start; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; min-width: 0; }
@@ -61,19 +49,12 @@ svg text { fill: #fff; stroke: #000; stroke-width: .2em; paint-order: stroke; fo
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--grey); font-size: .87rem; }
 mark { color: var(--ink); border-radius: .15rem; margin-right: 1px; } .w0 { background: var(--paper0); }
 .w1 { background: var(--paper1); } .w2 { background: var(--paper2); } .w3 { background: var(--paper3); }
-summary { cursor: pointer; color: var(--grey); }
 """
 
-TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Training samples as the model sees them</title>
-<style>{{ style }}</style>
-</head>
-<body>
-<h1>Training samples as the model sees them</h1>
+TITLE = "Training samples as the model sees them"
+TEMPLATE = """{% extends "base" %}
+{% block body %}
+<h1>{{ title }}</h1>
 {% for table in tables %}
 <section>
 <h2>{{ table.heading }}</h2>
@@ -139,8 +120,7 @@ class="w{{ token.paper }}">{{ token.text }}</mark>{% endif %}{% endfor %}</p>
 {% endfor %}
 </div>
 </section>
-</body>
-</html>
+{% endblock %}
 """
 
 
@@ -184,12 +164,12 @@ def render(
     papers = {weight: min(place, PAPERS - 1) for place, weight in enumerate(weights)}
     pictures = sum(int(made.sample.image_id_P.max(initial=0)) for made in samples)
     side_px = min(PICTURE_PX, math.isqrt(PICTURES_PX2 // max(1, pictures)))
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return page.from_string(TEMPLATE).render(
-        style=STYLE, tables=tables, dropped=dropped, reasons=REASONS,
-        legend=[(f"{weight:g}", paper) for weight, paper in papers.items()],
-        samples=[_sample(made, decode, papers, side_px, marked) for made in samples],
-    )  # fmt: skip
+    values = {
+        "tables": tables, "dropped": dropped, "reasons": REASONS,
+        "legend": [(f"{weight:g}", paper) for weight, paper in papers.items()],
+        "samples": [_sample(made, decode, papers, side_px, marked) for made in samples],
+    }  # fmt: skip
+    return html_page.render(TITLE, TEMPLATE, STYLE, values)
 
 
 def image_of(sample: Sample, number: int, channels: int = 3) -> np.ndarray:
@@ -286,15 +266,11 @@ def _close_up(image: np.ndarray, pixel: tuple[int, int]) -> np.ndarray:
 def _png(image: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", optimize=True)
-    return _data_uri("png", file)
+    return html_page.data_uri("png", file.getvalue())
 
 
 def _jpeg(image: np.ndarray, side_px: int) -> str:
     shrunk, file = Image.fromarray(image), io.BytesIO()
     shrunk.thumbnail((side_px, side_px), Image.Resampling.BOX)
     shrunk.save(file, "JPEG", quality=JPEG_QUALITY)
-    return _data_uri("jpeg", file)
-
-
-def _data_uri(kind: str, file: io.BytesIO) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return html_page.data_uri("jpeg", file.getvalue())

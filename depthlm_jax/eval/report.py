@@ -38,6 +38,28 @@ class Piece:
     ink: str = INK
 
 
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Answers against the truth, and axes that hold almost all of them."""
+
+    low: float
+    high: float
+    shown: np.ndarray  # the answers, those outside the axes at their edge; NaN where none could be read
+    groups: dict[str, np.ndarray]  # "right", "wrong", "outside the axes" → whether an answer is one of these
+
+
+def judge(truth: Sequence[float], answers: Sequence[float | None]) -> Judged:
+    """Returns how answers (None where none could be read) are drawn against the truth (> 0)."""
+    truth = np.asarray(truth, float)
+    answer = np.array([math.nan if said is None else said for said in answers], float)
+    with np.errstate(divide="ignore"):  # an answer may be 0
+        ratio = np.maximum(answer / truth, truth / answer)
+    low, high = truth.min() / 3, truth.max() * 3
+    outside = (answer < low) | (answer > high)
+    groups = {"right": ratio < DELTA, "wrong": (ratio >= DELTA) & ~outside, "outside the axes": outside}
+    return Judged(low, high, np.clip(answer, low, high), groups)
+
+
 def loss_curve(records: list[dict], file: Path) -> None:
     """Draws loss and token accuracy over steps; the loss on a log axis if it spans more than a decade.
 
@@ -88,34 +110,26 @@ def scatter(truth: Sequence[float], answers: Sequence[float | None], file: Path,
       file: picture to write.
       unit: of truth and answers.
     """
-    truth = np.asarray(truth, float)
-    answer = np.array([math.nan if said is None else said for said in answers], float)
-    with np.errstate(divide="ignore"):  # an answer may be 0
-        ratio = np.maximum(answer / truth, truth / answer)
-    low, high = truth.min() / 3, truth.max() * 3
-    outside = (answer < low) | (answer > high)
+    truth, judged = np.asarray(truth, float), judge(truth, answers)
+    low, high = judged.low, judged.high
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     axes = figure.subplots()
     edge = np.array([low, high])
     axes.fill_between(edge, edge / DELTA, edge * DELTA, color=RIGHT, alpha=0.15, lw=0, label="within 1.25 (δ1)")
     axes.plot(edge, edge, color=GREY, linewidth=1)
-    groups = (
-        ("right", RIGHT, "o", ratio < DELTA), ("wrong", WRONG, "o", (ratio >= DELTA) & ~outside),
-        ("outside the axes", WRONG, "D", outside),
-    )  # fmt: skip
-    for name, color, marker, chosen in groups:
+    for (name, chosen), color, marker in zip(judged.groups.items(), (RIGHT, WRONG, WRONG), "ooD", strict=True):
         if chosen.any():
-            shown = np.clip(answer[chosen], low, high)
+            shown = judged.shown[chosen]
             style = {"s": 14, "color": color, "marker": marker, "alpha": 0.6, "lw": 0, "clip_on": False, "zorder": 3}
             axes.scatter(truth[chosen], shown, label=f"{name}: {chosen.sum()}", **style)
-    unread = int(np.isnan(answer).sum())
+    right, unread = judged.groups["right"].mean(), int(np.isnan(judged.shown).sum())
     ticks = [tick for tick in TICKS if low <= tick <= high]
     axes.set(xscale="log", yscale="log", xlim=edge, ylim=edge, aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_minor_locator(ticker.NullLocator())
     axes.set(xlabel=f"truth ({unit})", ylabel=f"answer ({unit})")
-    axes.set_title(f"{len(truth)} points: δ1 = {np.mean(ratio < DELTA):.3f}, {unread} without an answer", fontsize=11)
+    axes.set_title(f"{len(truth)} points: δ1 = {right:.3f}, {unread} without an answer", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", fontsize=9)
     write_picture(file, lambda: figure.savefig(file, dpi=120))

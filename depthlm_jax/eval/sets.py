@@ -13,6 +13,7 @@ from depthlm_jax.config_rules import LOWER
 from depthlm_jax.errors import InputError
 from depthlm_jax.eval import evaluate, report
 from depthlm_jax.run import Run
+from depthlm_jax.tracking import Tracker
 
 FOLDER, FILE = "evaluation", "evaluations.jsonl"  # of a workdir: the last answers of each set; a line each time
 COLUMNS = ["delta1", "abs_rel", "rmse", "silog", "parse_failure_rate", "best constant δ1", "n"]
@@ -52,7 +53,10 @@ class Sets:
         """Returns whether one of the sets says which checkpoint is the best."""
         return self.config.train.keep_best.partition("/")[0] in names
 
-    def evaluate(self, step: int, names: list[str], parameters: dict, watch: Callable[[str], None]) -> dict[str, dict]:
+    def evaluate(
+        self, step: int, names: list[str], parameters: dict, watch: Callable[[str], None],
+        tracker: Tracker | None = None,
+    ) -> dict[str, dict]:  # fmt: skip
         """Returns the scores of the sets by name; all processes call it, the first one writes and prints.
 
         Args:
@@ -60,6 +64,7 @@ class Sets:
           names: of sets.
           parameters: on the mesh.
           watch: is told what is done.
+          tracker: is given the results; None: nobody is.
         """
         self.decoder = self.decoder or evaluate.make_decoder(self.run)
         found = {}
@@ -73,6 +78,9 @@ class Sets:
             if jax.process_index() == 0:
                 evaluate.save(result, step, run.config.eval, self.folder / name)
                 note(self.run.workdir, step, name, result, run.config.eval.task, time.monotonic() - start)
+            if tracker:
+                sheet = self.folder / name / "answers.png"
+                tracker.evaluation(step, name, found[name], result.truth, result.numbers, sheet)
         if jax.process_index() == 0:
             log.say(f"evaluation after step {step}\n{table(found)}")
         return found

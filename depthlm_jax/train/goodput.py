@@ -38,11 +38,11 @@ class Ledger:
 def summary(file: Path) -> dict[str, float]:
     """Returns seconds by kind over all starts, those of lost steps as `lost`, and the number of starts."""
     starts: dict[float, list[dict]] = {}
-    for record in files.read_lines(file):
+    for record in files.readable_lines(file)[0]:
         starts.setdefault(record["began"], []).append(record)
     total = dict.fromkeys((*SPENT, "lost"), 0.0)
     ordered = [starts[began] for began in sorted(starts)]
-    for records, following in zip(ordered, [*ordered[1:], None], strict=True):
+    for records, following in zip(ordered, [*ordered[1:], None], strict=False):
         kept_until = following[0]["from_step"] if following else records[-1]["step"]
         kept = next((record for record in reversed(records) if record["step"] <= kept_until), None)
         spent = kept["seconds"] if kept else dict.fromkeys(SPENT, 0.0)

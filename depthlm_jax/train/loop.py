@@ -124,9 +124,10 @@ def run(
         ledger.seconds["start"] = time.time() - began
         if jax.process_index() == 0 and int(state.step) < config.train.max_steps:
             files.Lines(workdir / "starts.jsonl").add(about["environment"])
-        missing = sets.missing(int(state.step)) if sets else []
-        if not missing or _evaluate(sets, missing, meter, int(state.step), state, stop):
-            state = _train(trainer, config, checkpoints, batches, stop, meter, state, sets)
+        with contextlib.closing(meter.tracker):
+            missing = sets.missing(int(state.step)) if sets else []
+            if not missing or _evaluate(sets, missing, meter, int(state.step), state, stop):
+                state = _train(trainer, config, checkpoints, batches, stop, meter, state, sets)
     finally:
         watch.waits_for("the end of the data workers")
         batches.close()
@@ -183,7 +184,7 @@ def _evaluate(sets, due: list[str], meter: Meter, number: int, state: step.State
 
     meter.flush()
     with meter.leave_out("evaluation"), contextlib.suppress(stopping.Stopped):
-        sets.evaluate(number, due, state.parameters, tell)
+        sets.evaluate(number, due, state.parameters, tell, meter.tracker)
     meter.ledger.write(number)
     if stop.received:
         log.say(f"stopped by SIGTERM: the next start evaluates step {number}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from depthlm_jax import chips, files, log, sharding
+from depthlm_jax import chips, files, log, sharding, tracking
 from depthlm_jax import config as config_module
 from depthlm_jax.errors import InputError
 from depthlm_jax.models import flops
@@ -30,6 +30,7 @@ class Meter:
         watch: Watchdog,
     ):  # fmt: skip
         self.config, self.first_step, self.trainer = config, first_step, trainer
+        self.tracker = tracking.Tracker(workdir, config, first_step)
         self.journal, self.skips, self.ledger, self.watch = log.Journal(workdir), skips, ledger, watch
         # Counts are of this host's rows; other hosts' are taken to be like them.
         self.rows = len(sharding.host_rows(trainer.mesh, config.data.global_batch_rows))
@@ -110,6 +111,7 @@ class Meter:
         self.ledger.write(number)
         if jax.process_index() == 0:
             self.journal.write(number, values)
+            self.tracker.scalars(number, values)
             left = (now - self.start) / (number - self.first_step) * (last - number)
             log.say(
                 f"step {number}/{last} · loss {values['loss']:.4f} · token accuracy "

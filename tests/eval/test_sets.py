@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import events
 import jax
 import numpy as np
 import pytest
@@ -93,6 +94,14 @@ def test_the_last_answers_of_a_set_lie_in_its_folder(world, whole):
         assert len((folder / "predictions.jsonl").read_text().splitlines()) == count
 
 
+def test_tensorboard_has_scores_histograms_and_pictures(world, whole):
+    folder = world.run.workdir / "tensorboard"
+    shown = events.scalars(folder)
+    assert [step for step, _ in shown["eval/often/delta1"]] == [2, 4, 6] and len(shown["train/loss"]) == STEPS
+    tags = {value.tag for event in events.read(folder) for value in event.summary.value}
+    assert {"eval/last/answers", "eval/last/log10_truth", "eval/often/answers"} <= tags
+
+
 def test_answers_are_those_of_the_parameters_of_that_step(world, whole):
     run = dataclasses.replace(world.run, config=sets.of_set(world.run.config, "often"))
     step, parameters = runs.trained_parameters(run)
@@ -127,10 +136,10 @@ def test_the_best_checkpoint_is_kept_beside_the_last(world, whole, tmp_path):
 @pytest.mark.parametrize("step", [2, STEPS])
 def test_an_evaluation_that_sigterm_ends_is_made_by_the_next_start(world, whole, tmp_path, step, capsys):
     class Ended(sets.Sets):
-        def evaluate(self, number, names, parameters, watch):
+        def evaluate(self, number, names, parameters, watch, tracker=None):
             if number == step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().evaluate(number, names, parameters, watch)
+            return super().evaluate(number, names, parameters, watch, tracker)
 
     world.train(tmp_path, Ended(dataclasses.replace(world.run, workdir=tmp_path)))
     assert f"stopped by SIGTERM: the next start evaluates step {step}" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import events
 import jax
 import numpy as np
 import pytest
@@ -227,6 +228,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world, whole, scenes, tmp_path)
     assert again.record_ids == whole.record_ids[4:]
     assert_same_leaves(again.leaves, whole.leaves)
     assert without_times(again.journal) == without_times(whole.journal)
+    assert [step for step, _ in events.scalars(tmp_path / "tensorboard")["train/loss"]] == list(range(1, 13))
 
 
 def test_a_finished_run_started_again_does_nothing(world, whole):
