@@ -249,6 +249,7 @@ def test_another_loss_than_the_peers_is_an_error():
         train.check_same_loss({"ours": 2.0, "peer": 2.01}, "float32")
 
 
+@pytest.mark.slow
 def test_bench_save_measures_steps_with_and_without(capsys, tiny_bench):
     status, out, err = call(capsys, "save", "--repeats=1", "--json")
     assert status == 0, err

@@ -34,7 +34,13 @@ def train(config, workdir) -> runs.Run:
     return run
 
 
-@pytest.fixture(scope="module", params=worlds.HF_CONFIGS)
+SLOW = {"pixtral"}  # its factors are tested beside the others' in models/test_lora.py
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in worlds.HF_CONFIGS],
+)
 def base(request, scenes, tmp_path_factory):
     """A bfloat16 folder, as published ones are, and the changes that make a recipe one of its family."""
     folder = tmp_path_factory.mktemp("base")

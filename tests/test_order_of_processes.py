@@ -49,6 +49,9 @@ if __name__ == "__main__":  # worker processes import this file
 """
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def world(scenes, tmp_path_factory):
     """Returns the function (hosts, workers, steps, state) → one entry a step, of all hosts together."""
@@ -102,11 +105,13 @@ def test_the_process_of_the_tests_makes_the_same(scenes, alone, tmp_path):
     batches.close()
 
 
-@pytest.mark.parametrize(("hosts", "workers"), [(1, 1), (1, 2), (2, 0), (2, 1), (4, 0)])
+@pytest.mark.parametrize(
+    ("hosts", "workers"), [(1, 2), (2, 1), *(pytest.param(*one, marks=SLOW) for one in ((1, 1), (2, 0), (4, 0)))]
+)
 def test_hosts_and_workers_change_nothing(world, alone, hosts, workers):
     assert world(hosts, workers, STEPS) == alone
 
 
-@pytest.mark.parametrize(("hosts", "workers"), [(2, 0), (4, 0), (1, 2)])
+@pytest.mark.parametrize(("hosts", "workers"), [(4, 0), (1, 2), pytest.param(2, 0, marks=SLOW)])
 def test_a_resume_with_other_hosts_and_workers_changes_nothing(world, alone, hosts, workers):
     assert world(hosts, workers, STEPS - STOP, alone[STOP - 1]["state"]) == alone[STOP:]

@@ -20,7 +20,7 @@ CURVES = (  # metric, title, unit, factor, log axis, from zero
     ("data_wait", "Waiting for data", "% of the time", 100, False, True),
     ("mfu", "Model FLOP utilisation", "% of the peak", 100, False, True),
 )
-KINDS = {"step": 0, "data": 1, "compile": 4, "start": 5, "save": 2, "lost": 3}  # of time → colour
+KINDS = {"step": 0, "data": 1, "compile": 4, "start": 5, "save": 2, "evaluation": 6, "lost": 3}  # of time → colour
 COMPARED = ("loss", "samples_per_second")  # of several runs, in their table
 SHOWN = 20  # of long lists
 VERSIONS = ("python", "jax", "libtpu", "flax", "optax", "transformers")
@@ -241,4 +241,5 @@ def _compared_scores(runs: list[History], names: list[str]) -> Section:
     sets = sorted({name for run in runs for name in run.evaluations})
     charts = [score_chart(runs, names, name) for name in sets]
     found = [one for one in charts if one]
-    return Section("Evaluations", [Charts(found)] if found else [Text("None yet.")])
+    missing = "Each set was evaluated once: its δ1 stands above." if sets else "None yet."
+    return Section("Evaluations", [Charts(found)] if found else [Text(missing)])

@@ -167,7 +167,7 @@ def decode_greedily(case: tiny.Case, batch: dict[str, np.ndarray]) -> np.ndarray
     return np.stack(logits_NBV)
 
 
-@pytest.mark.parametrize("remat", ["full", "attended", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("attended", marks=pytest.mark.slow), "dots"])
 def test_remat_changes_nothing(one_run, remat):
     network = registry.build(one_run.case.family, one_run.case.config, Execution(remat=remat))
     (loss, logits_BAV), gradient = jitted_loss(network)(one_run.case.parameters, one_run.batch)
