@@ -26,12 +26,13 @@ def get_config(arg: str = ""):
     config.data.reference.scale = 1
     config.data.max_tokens = 125
     config.data.max_patches = 64
-    config.data.global_batch_rows = 32
-    config.train.max_steps = 200
-    config.train.save_steps = 100
+    config.data.global_batch_rows = 16
+    config.optim.learning_rate = 6e-3
+    config.train.max_steps = 600
+    config.train.save_steps = 200
     return config
 
 
 def get_sweep() -> Sweep:
     weights = [f"data.sources.{name}.weight" for name in SCENES]
-    return Sweep(recipe=__file__, runs=cross(simplex(weights, steps=4), seeds(2)), metric="mean/delta1")
+    return Sweep(recipe=__file__, runs=cross(simplex(weights, steps=4), seeds(3)), metric="mean/delta1")

@@ -11,6 +11,7 @@ from matplotlib import colormaps, ticker, tri
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from depthlm_jax.config_rules import HIGHER
 from depthlm_jax.eval.report import GREY, INK, write_picture
 from depthlm_jax.sweep.expand import MEAN, short
 from depthlm_jax.sweep.results import Group
@@ -21,6 +22,8 @@ PANEL_INCHES = 4.2
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]])
 DECADE = 10.0  # numbers that span more stand on a log axis
 ASIDE = 0.008  # of the axis
+MARGIN = 0.03
+SHARES = (*HIGHER, "parse_failure_rate")  # scores that are at most 1
 SCALE = colormaps["viridis"]
 
 
@@ -34,7 +37,7 @@ def draw(ranked: list[Group], paths: Sequence[str], metric: str, sets: list[str]
       sets: that are evaluated.
       folder: for the pictures.
     """
-    done = [group for group in ranked if group.results]
+    done = [group for group in ranked if not math.isnan(group.estimate(metric)[0])]
     weights = [path for path in paths if re.fullmatch(r"data\.sources\.[^.]+\.weight", path)]
     weights = weights if len(weights) > 1 else []
     panels = [path for path in paths if path not in weights and len({repr(one.values.get(path)) for one in done}) > 1]
@@ -74,6 +77,7 @@ def _draw_values(groups: list[Group], paths: list[str], metric: str) -> Figure:
         axes.set(xlabel=path)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(metric)
+    _cut(figure.axes[0], metric.partition("/")[2])
     return figure
 
 
@@ -91,6 +95,12 @@ def _points(axes: Axes, places, means, halves, color: str, label: str, size: flo
     axes.errorbar(places, means, bars, fmt="o", color=color, capsize=3, markersize=size, linewidth=1.2, label=label)
 
 
+def _cut(axes: Axes, measure: str) -> None:
+    """Leaves out of the axis what no score can be: intervals of two or three runs reach far."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -MARGIN), min(high, 1 + MARGIN) if measure in SHARES else high)
+
+
 def _draw_curve(groups: list[Group], names: list[str], metric: str, sets: list[str]) -> Figure:
     """Returns the score over the share of the first of two sources: a line for each set, one for their mean."""
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
@@ -106,6 +116,7 @@ def _draw_curve(groups: list[Group], names: list[str], metric: str, sets: list[s
     axes.set(xlabel=f"share of {names[0]} in the samples; the rest is {names[1]}", ylabel=measure)
     axes.grid(alpha=0.3)
     axes.legend()
+    _cut(axes, measure)
     return figure
 
 
