@@ -198,7 +198,7 @@ def test_a_disk_that_takes_nothing_is_told_and_the_run_goes_on_when_it_does(scen
     if fault == "full" and subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no small disk can be mounted here")
     try:
-        job = Job(tmp_path, scenes, CHANGES | {"faults.failed_saves": 1000})
+        job = Job(tmp_path, scenes, CHANGES | {"faults.failed_saves": 1000, "train.save_steps": 2})
         job.workdir = disk / "run"
         processes = job.start(ALONE)
         job.await_steps(15, processes)
