@@ -54,7 +54,8 @@ def train(run: expand.Run, delta1: tuple, step: int = 100, evaluated: int | None
     (run.workdir / "config.json").write_text("{}")
     early = evaluation(50, "rooms", 0.01, None)
     last = step if evaluated is None else evaluated
-    lines = [evaluation(last, name, one, 0.5 - one / 2) for name, one in zip(SETS, delta1, strict=True)]
+    errors = [0.5 - one / 2 if one else None for one in delta1]  # of answers that cannot be read there are none
+    lines = [evaluation(last, *one) for one in zip(SETS, delta1, errors, strict=True)]
     write_lines(run.workdir / "evaluations.jsonl", [early, *lines])
     metrics = [{"step": 50, "loss": 2.0}, {"step": step, "loss": 1.25, "loss/near": 1.5}]
     write_lines(run.workdir / "metrics.jsonl", metrics)
@@ -119,11 +120,13 @@ def test_runs_that_differ_in_seeds_are_averaged_and_ranked(tmp_path, capsys):
 
 
 def test_errors_rank_from_below(tmp_path):
-    sweep, runs = make(grid({"optim.learning_rate": [1e-3, 1e-2]}), tmp_path, "streets/abs_rel")
-    train(runs[0], (0.9, 0.1))
-    train(runs[1], (0.1, 0.9))
-    best = report.write(sweep, runs, tmp_path)["ranked"][0]
+    sweep, runs = make(grid({"optim.learning_rate": [1.0, 1e-3, 1e-2]}), tmp_path, "streets/abs_rel")
+    for run, scores in zip(runs, ((0.9, 0.0), (0.9, 0.1), (0.1, 0.9)), strict=True):
+        train(run, scores)
+    best, middle, last = report.write(sweep, runs, tmp_path)["ranked"]
     assert best["values"] == {"optim.learning_rate": 1e-2} and best["streets/abs_rel"] == pytest.approx(0.05)
+    assert middle["streets/abs_rel"] == pytest.approx(0.45) and last["streets/abs_rel"] is None
+    assert (tmp_path / "values.png").is_file()
 
 
 def test_a_run_is_finished_when_its_last_step_is_saved_and_evaluated(tmp_path):
