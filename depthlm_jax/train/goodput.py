@@ -47,7 +47,7 @@ def summary(file: Path) -> dict[str, float]:
         kept = next((record for record in reversed(records) if record["step"] <= kept_until), None)
         spent = kept["seconds"] if kept else dict.fromkeys(SPENT, 0.0)
         for kind in SPENT:
-            total[kind] += spent[kind]
+            total[kind] += spent.get(kind, 0.0)  # a kind may be newer than the line
         total["lost"] += sum(records[-1]["seconds"].values()) - sum(spent.values())
     return total | {"starts": len(ordered)}
 
