@@ -85,11 +85,11 @@ class Section:
     blocks: list
 
 
-COLORS = """ --s0: #0067b1; --s1: #c04a00; --s2: #00805c; --s3: #a34a87; --s4: #876a00; --s5: #4c4fb5; --s6: #66707a; """
-DARK = """ --s0: #62b5f0; --s1: #ff9a57; --s2: #41cfa2; --s3: #e9a3d1; --s4: #e0c34c; --s5: #b0b4ff; --s6: #aab4be; """
+COLORS = """--s0: #0067b1; --s1: #c04a00; --s2: #00805c; --s3: #a34a87; --s4: #876a00; --s5: #4c4fb5; --s6: #66707a;"""
+DARK = """--s0: #62b5f0; --s1: #ff9a57; --s2: #41cfa2; --s3: #e9a3d1; --s4: #e0c34c; --s5: #b0b4ff; --s6: #aab4be;"""
 STYLE = (
     f":root {{{COLORS}}} @media (prefers-color-scheme: dark) {{ :root {{{DARK}}} }}\n"
-    + " ".join(f".s{place} {{ --c: var(--s{place}); }}" for place in range(6))
+    + " ".join(f".s{place} {{ --c: var(--s{place}); }}" for place in range(7))
     + """ .reference { --c: var(--grey); }
 .under { color: var(--grey); margin-top: 0; } section { margin-top: 2.2rem; } h3 { margin: 1.2rem 0 .2rem; }
 .charts h3 { margin-top: 0; }
