@@ -66,6 +66,8 @@ def run_here(values: flags.FlagValues, sweep: Sweep, runs: list[Run]) -> dict:
         log.say(f"{run.name} failed; the end of {run.workdir / progress.LOG}:\n{local.last_words(run)}")
     evaluated = any(progress.of(run).scores for run in runs)
     result = report.write(sweep, runs, Path(values.workdir)) if evaluated else {}
+    if ended_by:
+        log.say(f"stopped by {signal.Signals(ended_by).name}: the same command goes on")
     if ended_by == signal.SIGINT:
         raise KeyboardInterrupt
     if failed:

@@ -36,6 +36,7 @@ def test_a_sweep_that_is_stopped_saves_and_the_same_command_goes_on(scenes, tmp_
     output = process.communicate(timeout=sweeping.RUN_SECONDS)[0]
     assert process.returncode == (0 if number == signal.SIGTERM else 130), output
     assert "stopping: 2 runs save what they have" in output
+    assert f"stopped by {number.name}: the same command goes on" in output
     stopped = {name: int(step) for name, step in re.findall(r"(seed=\d): step (\d+)/400 in ", output)}
     assert stopped.keys() == {"seed=0", "seed=1"} and all(20 <= step < 300 for step in stopped.values()), output
     for name, step in stopped.items():

@@ -45,6 +45,7 @@ def test_readme_commands_run_in_their_order(place):
         words = [sys.executable, *shlex.split(f"{command} {extra} --json")[1:]]
         done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        assert "stopped by" not in done.stdout, done.stdout  # somebody else's signal
         results.append(json.loads(done.stdout.splitlines()[-1]))
     swept, dry, slurm, gke, report = results[2:]
     assert set(swept["runs"].values()) == {"finished"} and len(swept["ranked"]) == 5
