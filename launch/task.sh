@@ -8,10 +8,11 @@
 # Costs   nothing.
 #
 #   bash launch/task.sh python -m depthlm_jax train --config=… --workdir=…
-told=0
+told=0 command=""
+trap 'told=1; [[ -z $command ]] || kill -TERM "$command" 2>/dev/null' TERM
 "$@" &
 command=$!
-trap 'told=1; kill -TERM "$command" 2>/dev/null' TERM
+((told == 0)) || kill -TERM "$command"  # it came before there was a command to tell
 while kill -0 "$command" 2>/dev/null; do
   wait "$command"  # which a signal ends early
 done
