@@ -30,6 +30,7 @@ class Sets:
           folder: for answers and pictures; None: that of the workdir.
         """
         self.config, self.run, self.decoder, self.folder = run.config, run, None, folder or run.workdir / FOLDER
+        self.lines = files.Lines(run.workdir / FILE) if jax.process_index() == 0 else None
         parts = sharding.row_devices(run.mesh)
         if self.config.eval.sets and self.config.eval.batch_rows % parts:
             raise InputError(
@@ -75,13 +76,14 @@ class Sets:
                 run, parameters, self.decoder, lambda done, of, name=name: watch(f"answers of {name}, {done}/{of}")
             )
             found[name] = result.scores()
-            if jax.process_index() == 0:
-                evaluate.save(result, step, run.config.eval, self.folder / name)
-                note(self.run.workdir, step, name, result, run.config.eval.task, time.monotonic() - start)
+            if self.lines:
+                line = {"step": step, "set": name, "task": run.config.eval.task, "seconds": time.monotonic() - start}
+                self.lines.add(line | {"scores": found[name], "ranges": result.ranges()})
+                _save(result, step, run.config.eval, self.folder / name)
             if tracker:
                 sheet = self.folder / name / "answers.png"
                 tracker.evaluation(step, name, found[name], result.truth, result.numbers, sheet)
-        if jax.process_index() == 0:
+        if self.lines:
             log.say(f"evaluation after step {step}\n{table(found)}")
         return found
 
@@ -99,10 +101,12 @@ def of_set(config: config_module.Config, name: str) -> config_module.Config:
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, source=source, samples=one["samples"]))
 
 
-def note(workdir: Path, step: int, name: str, result: evaluate.Result, task: str, seconds: float) -> None:
-    """Adds a line to the evaluations of a run."""
-    line = {"step": step, "set": name, "task": task, "seconds": seconds}
-    files.Lines(workdir / FILE).add(line | {"scores": result.scores(), "ranges": result.ranges()})
+def _save(result: evaluate.Result, step: int, settings: config_module.Eval, folder: Path) -> None:
+    """Writes answers and pictures of a set; a disk that does not take them ends no training."""
+    try:
+        evaluate.save(result, step, settings, folder)
+    except (InputError, OSError) as error:
+        log.say(f"warning: answers of {folder.name} after step {step} are not kept: {error}")
 
 
 def read(workdir: Path) -> list[dict]:

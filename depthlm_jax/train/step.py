@@ -39,6 +39,50 @@ def answer_loss(logits_BAV: jax.Array, targets_BA: jax.Array, weights_BA: jax.Ar
     }
 
 
+def make_gradient(
+    logits: Callable, compute_dtype, accumulate: int, accumulation_dtype=jnp.float32
+) -> Callable[[dict, dict, dict], tuple[tuple[dict, dict], jax.Array]]:
+    """Returns gradient(trained, frozen, batch) → ((sums, gradient of their loss), loss_BA); nothing is divided yet.
+
+    Micro-batches are in memory one at a time.
+
+    Args:
+      logits: (parameters, batch) → logits_BAV.
+      compute_dtype: of forward and backward pass.
+      accumulate: number of micro-batches that the rows of a batch are divided into.
+      accumulation_dtype: of the sum of their gradients.
+    """
+
+    def loss_and_sums(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
+        logits_BAV = logits(tree.cast(parameter_groups.join(trained, frozen), compute_dtype), batch)
+        sums = answer_loss(logits_BAV, batch["targets_BA"], batch["weights_BA"])
+        return sums["loss"], sums
+
+    differentiate = jax.value_and_grad(loss_and_sums, has_aux=True)
+
+    def of_micro_batch(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[tuple, jax.Array]:
+        (_, sums), gradient = differentiate(trained, frozen, batch)
+        loss_BA = sums.pop("loss_BA")
+        return (sums, gradient), loss_BA
+
+    def of_batch(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[tuple, jax.Array]:
+        # Every device's own rows are dealt out to the micro-batches, so that no row moves between devices.
+        dealt = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        shapes, _ = jax.eval_shape(of_micro_batch, trained, frozen, jax.tree.map(lambda x: x[0], dealt))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zero = zero[0], tree.cast(zero[1], accumulation_dtype)
+
+        def add(total: tuple[dict, dict], micro: dict[str, jax.Array]):
+            part, loss_BA = of_micro_batch(trained, frozen, micro)
+            return jax.tree.map(lambda sum_, x: sum_ + x.astype(sum_.dtype), total, part), loss_BA
+
+        (sums, gradient), losses = jax.lax.scan(add, zero, dealt)
+        loss_BA = losses.swapaxes(0, 1).reshape(-1, losses.shape[-1])
+        return (sums, tree.cast(gradient, jnp.float32)), loss_BA
+
+    return of_micro_batch if accumulate == 1 else of_batch
+
+
 def make_train_step(
     logits: Callable,
     optimizer: optax.GradientTransformation,
@@ -55,43 +99,14 @@ def make_train_step(
     Where the loss or the norm of the gradient is not finite, the step changes nothing but its number.
 
     Args:
-      logits: (parameters, batch) → logits_BAV.
+      logits: as in `make_gradient`, and so are the dtypes and `accumulate`.
       optimizer: of the trained parameters, and of them alone.
       factors: of parameter_groups.factors; parameters with factor 0 are not differentiated, and stay as they are.
       compute_dtype: of forward and backward pass.
-      accumulate: number of micro-batches that the rows of a batch are divided into.
+      accumulate: number of micro-batches.
       accumulation_dtype: of the sum of their gradients.
     """
-
-    def micro_sums(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-        logits_BAV = logits(tree.cast(parameter_groups.join(trained, frozen), compute_dtype), batch)
-        sums = answer_loss(logits_BAV, batch["targets_BA"], batch["weights_BA"])
-        return sums["loss"], sums
-
-    differentiate = jax.value_and_grad(micro_sums, has_aux=True)
-
-    def sums_and_gradient(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[tuple, jax.Array]:
-        (_, sums), gradient = differentiate(trained, frozen, batch)
-        loss_BA = sums.pop("loss_BA")
-        return (sums, gradient), loss_BA
-
-    def add_up(trained: dict, frozen: dict, batch: dict[str, jax.Array]) -> tuple[tuple, jax.Array]:
-        """Returns (sums, gradient) of all micro-batches, one at a time in memory, and loss_BA."""
-        if accumulate == 1:
-            return sums_and_gradient(trained, frozen, batch)
-        # Every device's own rows are dealt out to the micro-batches, so that no row moves between devices.
-        dealt = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-        shapes, _ = jax.eval_shape(sums_and_gradient, trained, frozen, jax.tree.map(lambda x: x[0], dealt))
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        zero = zero[0], tree.cast(zero[1], accumulation_dtype)
-
-        def add(total: tuple[dict, dict], micro: dict[str, jax.Array]):
-            part, loss_BA = sums_and_gradient(trained, frozen, micro)
-            return jax.tree.map(lambda sum_, x: sum_ + x.astype(sum_.dtype), total, part), loss_BA
-
-        (sums, gradient), losses = jax.lax.scan(add, zero, dealt)
-        loss_BA = losses.swapaxes(0, 1).reshape(-1, losses.shape[-1])
-        return (sums, tree.cast(gradient, jnp.float32)), loss_BA
+    add_up = make_gradient(logits, compute_dtype, accumulate, accumulation_dtype)
 
     def step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict]:
         trained, frozen = parameter_groups.split(state.parameters, factors)

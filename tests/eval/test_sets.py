@@ -150,6 +150,13 @@ def test_an_evaluation_that_sigterm_ends_is_made_by_the_next_start(world, whole,
         np.testing.assert_array_equal(one, other, strict=True)
 
 
+def test_answers_that_the_disk_does_not_take_end_no_training(world, whole, tmp_path, capsys):
+    (tmp_path / sets.FOLDER).write_text("in the way")
+    world.train(tmp_path)
+    assert "warning: answers of often after step 2 are not kept: " in capsys.readouterr().out
+    assert lines(tmp_path) == lines(world.run.workdir)
+
+
 def test_ranges_divide_the_points():
     truth = np.array([0.5, 1.0, 1.5, 7.0, 300.0])
     found = metrics.by_range([0.5, 1.0, 3.0, None, 300.0], truth)
