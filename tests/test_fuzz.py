@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from depthlm_jax import config as config_module
-from depthlm_jax import hf
+from depthlm_jax import hf, recipes
 from depthlm_jax.cli import command
 from depthlm_jax.config import Source, default_config
 from depthlm_jax.data import records, tasks
@@ -51,7 +51,7 @@ WORDS = st.text(alphabet="configtrandseuxml._-=[]0123456789e,'{}() \x00ü", max_
 @MANY
 @given(st.sampled_from([*LEAVES, "train", "nothing", ""]), WORDS)
 def test_any_override_is_read_or_refused_by_name(path, text):
-    recipe = str(command.RECIPES / "demo.py")
+    recipe = str(recipes.RECIPES / "demo.py")
     arguments = [f"--config={recipe}", f"--config.{path}={text}", "--output=/nowhere/x", "--help"]
     assert command.run("preview", "", arguments) in (0, 1, 2)
 

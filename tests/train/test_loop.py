@@ -349,7 +349,7 @@ def test_data_that_disappears_ends_the_run_after_a_save(world, tmp_path):
 
 def test_a_checkpoint_folder_that_vanishes_is_made_again(world, whole, tmp_path, capsys):
     def vanish():
-        shutil.rmtree(tmp_path / "checkpoints")
+        (tmp_path / "checkpoints").rename(tmp_path / "gone")  # at once, also while it is written to
 
     again = result(world, tmp_path, Watched(world.batches(), STOP_AT, vanish))
     assert_same_leaves(again.leaves, whole.leaves)
