@@ -13,16 +13,6 @@ from depthlm_jax.errors import InputError
 CHUNK_BYTES = 2**26  # of a parameter on disk; whoever reads it holds a few chunks beside it, instead of all of it again
 
 
-def read_latest(workdir: Path) -> tuple[int, dict] | None:
-    """Returns the latest step and its `run` (see `Checkpoints.save`); None where nothing can be read."""
-    folder = Path(workdir).resolve() / "checkpoints"
-    try:
-        step = max(ocp.utils.checkpoint_steps(folder))
-        return step, ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / str(step) / "run")
-    except (OSError, ValueError):
-        return None
-
-
 class Checkpoints:
     """The checkpoints under `workdir/checkpoints`; saving is asynchronous.
 
@@ -182,8 +172,14 @@ def _same(path: str, saved: Mapping, shapes: Mapping) -> bool:
     return path in saved and path in shapes and tuple(saved[path].shape) == tuple(shapes[path])
 
 
+def saved_step(workdir: Path) -> int:
+    """Returns the step of the newest complete checkpoint, 0: there is none. Unlike a manager it asks for no devices."""
+    folders = (workdir / "checkpoints").glob("*")
+    return max((int(folder.name) for folder in folders if folder.name.isdecimal()), default=0)
+
+
 def read_run(workdir: Path, step: int) -> dict:
-    """Returns `run` as it was saved with a checkpoint, without a manager, which would ask for devices."""
+    """Returns `run` as it was saved with a checkpoint. Asks for no devices either."""
     return files.read_json(workdir / "checkpoints" / str(step) / "run" / "metadata", "restore that checkpoint")
 
 

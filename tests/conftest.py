@@ -1,6 +1,7 @@
 """Settings that must stand before jax is imported, and the fixtures that more than one test file uses."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network fails at once
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Eight devices on the CPU: tests of meshes run in this process.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Eight devices on the CPU: tests of meshes run in this process. LLVM need not polish what runs for milliseconds.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # here: what one process has compiled, those that it starts need not
+    programs = tempfile.TemporaryDirectory(prefix="programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # tests that compile for TPUs have none
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers, each with a thread for every core, get in each other's way

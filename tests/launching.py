@@ -47,6 +47,11 @@ def write_recipe(folder: Path, scenes: Path, mesh: Mesh, changes: dict) -> Path:
     return recipe
 
 
+def with_devices(count: int) -> str:
+    """Returns XLA_FLAGS by which a process has so many devices."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"  # the last one counts
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -62,7 +67,7 @@ def start(
     }  # fmt: skip
     environment = {
         **os.environ, **(slurm if how.slurm else {}), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={how.devices}",
+        "XLA_FLAGS": with_devices(how.devices),
     }  # fmt: skip
     arguments = [*([f"--config={recipe}"] if recipe else []), f"--workdir={workdir}", *more]
     if how.slurm:

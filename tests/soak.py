@@ -18,6 +18,7 @@ from pathlib import Path
 import worlds
 from launching import Job, Start, finish
 
+from depthlm_jax import checkpoint
 from depthlm_jax.config import Mesh
 from depthlm_jax.train import goodput
 
@@ -50,7 +51,7 @@ def soak(folder: Path, minutes: float, steps: int, seed: int, change_meshes: boo
         faults[f"{kind.name} to {'all' if len(hit) == len(processes) else 'one'}"] += 1
         for process in processes:
             process.communicate(timeout=300)
-        lost.append(last_step(job) - saved_step(job))
+        lost.append(last_step(job) - checkpoint.saved_step(job.workdir))
     finish(job.start(TWO), seconds=3600)
     minutes = (time.monotonic() - began) / 60
     finish(calm.start(TWO), seconds=3600)
@@ -74,10 +75,6 @@ def await_step(job: Job, before: int, processes: list[subprocess.Popen]) -> bool
 
 def last_step(job: Job) -> int:
     return max(job.losses(), default=0)
-
-
-def saved_step(job: Job) -> int:
-    return max((int(file.name) for file in (job.workdir / "checkpoints").iterdir() if file.name.isdigit()), default=0)
 
 
 if __name__ == "__main__":

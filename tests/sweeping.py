@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launching import ROOT
+from launching import ROOT, with_devices
 
 RUN_SECONDS = 300
 FILE = """
@@ -40,7 +40,7 @@ def write(folder: Path, scenes: Path, runs: str, changes: dict | None = None) ->
 
 def start(*arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    environment["XLA_FLAGS"] = with_devices(1)
     command = [sys.executable, "-m", "depthlm_jax", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)

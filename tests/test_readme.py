@@ -26,17 +26,19 @@ SCRIPTS = [line for line in BLOCKS.splitlines() if line.startswith("bash")]
 SMALL_ROWS = (
     "--config.data.global_batch_rows=8 --config.data.max_tokens=512 --config.data.max_patches=1024 "
     "--config.data.geometry.focal_px=100.0 --config.data.geometry.crop_width=(0,0) --config.train.max_steps=1 "
-    "--config.train.gradient_accumulation_steps=1 "
+    "--config.train.gradient_accumulation_steps=1 --config.data.workers=1 "
     "--config.model.compute_dtype=float32"
 )
 EXTRA = {  # what a test adds to a command so that it ends soon; the command itself stays as printed
     "preview": f"{SMALL_ROWS} --samples=3",
     "train 3b": SMALL_ROWS,
     "evaluate 3b": "--config.eval.samples=3 --config.eval.batch_rows=8 --config.eval.max_new_tokens=4",
-    "plan 3b": "--config.model.hf_config.num_hidden_layers=1 --config.model.hf_config.vision_config.depth=2 "
-    "--config.data.max_tokens=1024 "
-    "--config.data.max_patches=4096 --config.data.geometry.crop_width=(300,500) "
-    "--config.data.geometry.crop_height=(300,500)",
+    "plan 3b": "--config.model.hf_config.num_hidden_layers=1 --config.model.hf_config.hidden_size=256 "
+    "--config.model.hf_config.intermediate_size=512 --config.model.hf_config.num_attention_heads=2 "
+    "--config.model.hf_config.vision_config.depth=1 --config.model.hf_config.vision_config.hidden_size=128 "
+    "--config.model.hf_config.vision_config.num_heads=2 --config.model.hf_config.vision_config.out_hidden_size=256 "
+    "--config.data.global_batch_rows=16 --config.data.max_tokens=512 --config.data.max_patches=1024 "
+    "--config.data.geometry.crop_width=(150,250) --config.data.geometry.crop_height=(150,250)",
     "train ibims1": "--config.train.max_steps=4 --config.data.max_tokens=700 --config.data.global_batch_rows=8",
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import worlds
+from launching import with_devices
 
 from depthlm_jax.data import pipeline
 from depthlm_jax.data.records import open_source
@@ -21,7 +22,7 @@ def test_loss_falls_on_real_photographs(ibims1, tmp_path):
         f"--config={ROOT}/configs/ibims1.py", f"--config.data.sources.main.path={ibims1}/ibims1_subset.jsonl",
         f"--workdir={tmp_path}/run", "--config.train.max_steps=24", "--config.data.max_bad_records=0",
     ]  # fmt: skip
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = {**os.environ, "XLA_FLAGS": with_devices(1)}
     command = [sys.executable, "-m", "depthlm_jax", "train", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

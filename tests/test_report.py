@@ -1,9 +1,12 @@
 """report as a user meets it: the command, its page, what it says of a run that is not whole, and a browser."""
 
+import dataclasses
 import html.parser
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import browser
@@ -15,6 +18,7 @@ from PIL import Image
 from depthlm_jax import __main__ as program
 from depthlm_jax.errors import InputError
 from depthlm_jax.overview import chart, history, page
+from depthlm_jax.overview.blocks import Text
 
 WIDTHS_PX = 360, 1280
 FETCHING = {"src", "href", "srcset", "action", "data", "poster"}  # attributes that name what is loaded
@@ -199,11 +203,35 @@ def test_intended_shares_are_those_of_the_mixture(tmp_path):
 def test_runs_are_compared(run, other):
     found = shown(run, other)
     text = found.text
-    assert text.count("2 runs compared") == 2 and "optim.learning_rate 0.01 0.02" in text and "δ1, cars" in text
+    assert text.count("2 runs compared") == 2 and "δ1, cars" in text
+    assert "run optim.learning_rate full 0.01 other 0.02" in text
     assert "full 320 of 400" in text and "other 160 of 400" in text
     losses = [label for label in found.labels if label.startswith("Loss, nats")]
     assert len(losses) == 1 and "full: " in losses[0] and "other: " in losses[0]
     assert "other: " in next(label for label in found.labels if label.startswith("δ1, rooms"))
+    assert text.count("Answers: cars") == 1 and text.count("4 of 200 answers could not be read") > 2
+
+
+def test_many_runs_stand_below_each_other_and_the_first_are_drawn(run, other):
+    pair = history.read(run), history.read(other)
+    runs = [dataclasses.replace(pair[number % 2], workdir=Path(f"run-{number}")) for number in range(30)]
+    text = Reader(page.compare(runs, "all", [Text("the best ones first")])).text
+    assert "the best ones first" in text and "The first 24 of 30 runs." in text and "run-24" not in text
+    assert "run optim.learning_rate run-0 0.01 run-1 0.02 run-2 0.01" in text
+
+
+READ = """
+import sys
+from pathlib import Path
+from jax._src import xla_bridge
+from depthlm_jax.overview import history, page
+page.render([history.read(Path(sys.argv[1]))])
+assert not xla_bridge._backends, xla_bridge._backends
+"""
+
+
+def test_page_is_made_without_a_device_which_the_run_may_hold(run):
+    subprocess.run([sys.executable, "-c", READ, run], check=True)
 
 
 def test_runs_of_one_name_are_told_apart_and_none_is_an_error(run, tmp_path):
@@ -224,6 +252,8 @@ def test_every_chart_has_a_text_and_nothing_is_fetched(run, other, empty):
 
 # In a browser
 
+PICTURED = {"one": 1, "several": 2, "empty": 0}  # runs with pictures, of each page
+
 
 @pytest.fixture(scope="module")
 def pages(run, other, empty) -> list[Path]:
@@ -240,7 +270,7 @@ def test_no_page_is_wider_than_a_phone_or_a_screen(pages, tmp_path):
         assert sorted(frame["width"] for frame in measured) == list(WIDTHS_PX)
         assert all(frame["needed"] <= frame["width"] for frame in measured), one
         pictures = [natural for frame in measured for _, natural, _ in frame["images"]]
-        assert pictures == ([1400] * 3 * len(WIDTHS_PX) if one == pages[0] else [])
+        assert pictures == [1400] * 3 * len(WIDTHS_PX) * PICTURED[one.stem]
 
 
 @pytest.mark.parametrize(("scheme", "paper"), [(1, "light"), (0, "dark")])

@@ -1,6 +1,9 @@
 """train: fine-tune, continuing where the workdir stopped."""
 
+import atexit
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from depthlm_jax.eval import report, sets
 from depthlm_jax.train import goodput, loop, replay
 
 SPARE_SECONDS = 60
+GRACE_SECONDS = 5
 HEARTBEAT_SECONDS = 100  # without which a process is taken for dead, and the others end
 
 
@@ -46,6 +50,10 @@ def run(values: flags.FlagValues) -> dict:
         result = train(config, workdir, watch, began)
         disconnect(workdir, config.faults.start_seconds)
         return result
+    except Exception:
+        if jax.process_count() > 1:
+            atexit.register(leave)  # is called before what JAX has registered, after the error was told
+        raise
     finally:
         watch.close()
 
@@ -149,6 +157,15 @@ def disconnect(workdir: Path, seconds: int) -> None:
     watch.waits_for("the other processes to end")
     jax.distributed.shutdown()
     watch.close()
+
+
+def leave() -> None:
+    """Ends this process after an error; JAX's own end would wait for the others, which may wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:  # without it, JAX aborts the others: they may be about to tell of the same error
+        time.sleep(GRACE_SECONDS)
+    os._exit(1)
 
 
 def _open_in_turn(config: config_module.Config) -> dict[str, Records]:

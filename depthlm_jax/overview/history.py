@@ -33,7 +33,7 @@ class History:
     parameters: tuple[int, int] | None  # all, and those that are trained
     metrics: list[dict]  # by step
     starts: list[dict]
-    saved_step: int | None  # from which it would go on
+    saved_step: int  # from which it would go on; 0: from its start
     shares: dict[str, float]  # that the mixture intends for each source
     evaluations: dict[str, list[dict]]  # set → lines of evaluations.jsonl, by step
     answers: dict[str, Answers]  # by set
@@ -45,7 +45,7 @@ class History:
     @property
     def step(self) -> int:
         """How many steps are known to be done."""
-        return max([self.saved_step or 0, *(record["step"] for record in self.metrics[-1:])])
+        return max([self.saved_step, *(record["step"] for record in self.metrics[-1:])])
 
     @property
     def sets(self) -> list[str]:
@@ -82,12 +82,12 @@ def read(workdir: Path) -> History:
     evaluations = _evaluations(lines(workdir / "evaluations.jsonl"), remarks)
     if NO_SET in answers and NO_SET not in evaluations:
         evaluations |= _without_set(workdir / "evaluation" / "metrics.json")
-    saved = checkpoint.read_latest(workdir)
+    saved = checkpoint.saved_step(workdir)
     skipped = [line for file in sorted(workdir.glob("faults/skipped.*.jsonl")) for line in lines(file)]
     return History(
         workdir=workdir, config=config, parameters=_parameters(config, workdir / "base", remarks),
         metrics=[metrics[step] for step in sorted(metrics)], starts=lines(workdir / "starts.jsonl"),
-        saved_step=saved and saved[0], shares=_shares(config, saved and saved[1]), evaluations=evaluations,
+        saved_step=saved, shares=_shares(config, workdir, saved), evaluations=evaluations,
         answers=answers, spent=goodput.summary(workdir / "goodput.jsonl"),
         skipped=sorted(skipped, key=lambda line: line["step"]),
         bad=[line for file in sorted(workdir.glob("bad_records.*.jsonl")) for line in lines(file)], remarks=remarks,
@@ -130,13 +130,15 @@ def _is_drawn(line: dict) -> bool:
     return is_number(line.get("truth")) and line["truth"] > 0 and (answer is None or is_number(answer))
 
 
-def _shares(config: config_module.Config, saved: dict | None) -> dict[str, float]:
+def _shares(config: config_module.Config, workdir: Path, saved: int) -> dict[str, float]:
     """Returns them as the last checkpoint has them; before there is one, of weights alone, if sizes do not count."""
-    if saved and isinstance(saved.get("data"), dict) and saved["data"].get("shares"):
-        return saved["data"]["shares"]
+    try:
+        shares = checkpoint.read_run(workdir, saved)["data"]["shares"]
+    except (InputError, KeyError):  # there is none, or it has just been replaced by a newer one
+        shares = {}
     settings = config.data.mixture
-    if settings.size_exponent:
-        return {}
+    if shares or settings.size_exponent:
+        return shares
     return mixture.shares(config.data.sources, dict.fromkeys(config.data.sources, 1), settings)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Sequence
 
 from depthlm_jax import config as config_module
 from depthlm_jax import html_page, log
@@ -22,6 +23,7 @@ CURVES = (  # metric, title, unit, factor, log axis, from zero
 )
 KINDS = {"step": 0, "data": 1, "compile": 4, "start": 5, "save": 2, "evaluation": 6, "lost": 3}  # of time → colour
 COMPARED = ("loss", "samples_per_second")  # of several runs, in their table
+MOST_RUNS = chart.COLORS * len(chart.DASHES)  # whose lines can be told apart
 SHOWN = 20  # of long lists
 VERSIONS = ("python", "jax", "libtpu", "flax", "optax", "transformers")
 USERS_OWN = ("model.hf_config.",)  # what is not a choice of this code's fields
@@ -31,19 +33,29 @@ def render(runs: list[History]) -> str:
     """Returns a page about a run, or one that compares several."""
     if not runs:
         raise InputError("nothing to show", found="no run", expected="at least one", fix="give --workdir=RUN")
+    if len(runs) > 1:
+        return compare(runs, f"{len(runs)} runs compared")
+    (run,), (name,) = runs, name_runs(runs)
+    sections = [_curves(runs, [name]), _mixture(run), *(evaluation_section(run, name) for name in run.sets),
+                *([] if run.sets else [Section("Evaluations", [Text("None yet.")])]),
+                _time(run), _faults(run), _config(run), _starts(run)]  # fmt: skip
+    return _page(name, f"{run.workdir} · ", _head(run), sections)
+
+
+def compare(runs: list[History], title: str, head: Sequence = ()) -> str:
+    """Returns a page about runs side by side; blocks in `head` come first."""
+    left_out = [Text(f"The first {MOST_RUNS} of {len(runs)} runs.")] if len(runs) > MOST_RUNS else []
+    runs = runs[:MOST_RUNS]
     names = name_runs(runs)
-    now = time.strftime("%Y-%m-%d %H:%M %Z")
-    if len(runs) == 1:
-        (run,), title = runs, names[0]
-        sections = [_curves(runs, names), _mixture(run), *(evaluation_section(run, name) for name in run.sets),
-                    *([] if run.sets else [Section("Evaluations", [Text("None yet.")])]),
-                    _time(run), _faults(run), _config(run), _starts(run)]  # fmt: skip
-        under, head = f"{run.workdir} · page of {now}", _head(run)
-    else:
-        title, under = f"{len(runs)} runs compared", f"page of {now}"
-        head = [_overview(runs, names)]
-        sections = [_differences(runs, names), _curves(runs, names), _compared_scores(runs, names)]
-    values = {"under": under, "head": head, "sections": sections}
+    sections = [
+        Section("Runs", [_overview(runs, names), *left_out]), _differences(runs, names), _curves(runs, names),
+        _compared_scores(runs, names), *_compared_answers(runs, names),
+    ]  # fmt: skip
+    return _page(title, "", list(head), sections)
+
+
+def _page(title: str, where: str, head: list, sections: list[Section]) -> str:
+    values = {"under": f"{where}page of {time.strftime('%Y-%m-%d %H:%M %Z')}", "head": head, "sections": sections}
     return html_page.render(title, TEMPLATE, STYLE, values)
 
 
@@ -96,7 +108,7 @@ def _count(number: int) -> str:
 def _goes_on(run: History) -> str:
     if run.step >= run.config.train.max_steps:
         return "All steps are done."
-    kept = "no checkpoint yet" if run.saved_step is None else f"the last checkpoint is of step {run.saved_step:,}"
+    kept = f"the last checkpoint is of step {run.saved_step:,}" if run.saved_step else "no checkpoint yet"
     return f"Not at its end: it is training still, or goes on when train is started again; {kept}."
 
 
@@ -234,6 +246,9 @@ def _differences(runs: list[History], names: list[str]) -> Section:
     paths = sorted({path for one in flat for path in one})
     differ = [path for path in paths if any(one.get(path) != flat[0].get(path) for one in flat)]
     lines = [["field", *names], *([path, *(str(one.get(path, "–")) for one in flat)] for path in differ)]
+    if len(names) > len(differ):
+        lines = [list(line) for line in zip(*lines, strict=True)]  # a run in each
+        lines[0][0] = "run"
     return Section("Config", [Table("Fields that differ", lines, words=True) if differ else Text("No field differs.")])
 
 
@@ -243,3 +258,13 @@ def _compared_scores(runs: list[History], names: list[str]) -> Section:
     found = [one for one in charts if one]
     missing = "Each set was evaluated once: its δ1 stands above." if sets else "None yet."
     return Section("Evaluations", [Charts(found)] if found else [Text(missing)])
+
+
+def _compared_answers(runs: list[History], names: list[str]) -> list[Section]:
+    """Returns what each run has answered on each set, shown when asked for."""
+    sets = sorted({name for run in runs for name in run.sets})
+    having = {one: [(run, name) for run, name in zip(runs, names, strict=True) if one in run.sets] for one in sets}
+    return [
+        Section(f"Answers: {one}", [Fold(name, evaluation_section(run, one).blocks) for run, name in having[one]])
+        for one in sets
+    ]

@@ -25,6 +25,7 @@ ASIDE = 0.008  # of the axis
 MARGIN = 0.03
 SHARES = (*HIGHER, "parse_failure_rate")  # scores that are at most 1
 SCALE = colormaps["viridis"]
+CAPTIONS = {"values.png": "The metric over swept values", "mixture.png": "Scores over the shares of the sources"}
 
 
 def draw(ranked: list[Group], paths: Sequence[str], metric: str, sets: list[str], folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from depthlm_jax import files
+from depthlm_jax import checkpoint, files
 from depthlm_jax.sweep.expand import Run
 
 EVALUATIONS = "evaluations.jsonl"
@@ -22,7 +22,7 @@ class Progress:
 
 def of(run: Run) -> Progress:
     """Returns how far a run has come; it is finished when its last step is saved and evaluated."""
-    step, last = saved_step(run.workdir), run.config.train.max_steps
+    step, last = checkpoint.saved_step(run.workdir), run.config.train.max_steps
     lines = files.read_lines(run.workdir / EVALUATIONS)
     latest = {line["set"]: line for line in sorted(lines, key=lambda line: line["step"])}
     sets = run.config.eval.sets
@@ -39,12 +39,6 @@ def _text(run: Run, step: int, last: int) -> str:
     if not (run.workdir / "config.json").exists():
         return "not begun"
     return f"step {step}/{last}" if step < last else "not evaluated"
-
-
-def saved_step(workdir: Path) -> int:
-    """Returns the step of the newest complete checkpoint, 0 if there is none."""
-    folders = (workdir / "checkpoints").glob("*")
-    return max((int(folder.name) for folder in folders if folder.name.isdecimal()), default=0)
 
 
 def exit_status(file: Path) -> int | None:

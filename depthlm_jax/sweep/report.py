@@ -1,13 +1,16 @@
-"""The report of a sweep: ranked table in report.md, a line for each run in runs.csv, pictures."""
+"""The report of a sweep: ranked table in report.md, a line for each run in runs.csv, pictures, all of it as a page."""
 
 import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
 
-from depthlm_jax import files, log
+from depthlm_jax import files, html_page, log
 from depthlm_jax.errors import InputError
 from depthlm_jax.eval.report import table as plain_table
+from depthlm_jax.overview import history, page
+from depthlm_jax.overview.blocks import Picture, Table, Text
+from depthlm_jax.overview.history import History
 from depthlm_jax.sweep import pictures, results
 from depthlm_jax.sweep.expand import MEAN, Run, short, text
 from depthlm_jax.sweep.results import Group, Result
@@ -47,15 +50,19 @@ def write(sweep: Sweep, runs: list[Run], workdir: Path) -> dict:
     files.make_writable(workdir)
     ranked = results.groups(found, sweep.metric)
     drawn = pictures.draw(ranked, results.swept_paths(found), sweep.metric, list(runs[0].config.eval.sets), workdir)
+    ranking, summary = _ranking(ranked, found, sweep.metric), _summary(sweep, found)
     parts = [
-        f"# {workdir.name}", _summary(sweep, found), _ranking(ranked, found, sweep.metric), NOTE, _constants(found),
+        f"# {workdir.name}", summary, markdown(ranking), NOTE, _constants(found),
         *(f"![{file.stem}]({file.name})" for file in drawn), "## Runs", _runs(found, sweep.metric),
     ]  # fmt: skip
-    (workdir / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    (workdir / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    head = [Text(summary), Table("", ranking), Text(NOTE), Text(_constants(found)), *map(_picture, drawn)]
+    whole = page.compare(_histories(found, sweep.metric), workdir.name, head)
+    (workdir / "report.html").write_text(whole, encoding="utf-8")
     _write_csv(found, workdir / "runs.csv")
     done = sum(result.progress.finished for result in found)
     log.say(_plain(ranked, sweep.metric))
-    names = ", ".join(["runs.csv", *(file.name for file in drawn)])
+    names = ", ".join(["report.html", "runs.csv", *(file.name for file in drawn)])
     log.say(f"{done} of {len(found)} runs finished · {workdir / 'report.md'}, {names}")
     return _for_programs(ranked, found, sweep.metric, workdir)
 
@@ -87,7 +94,17 @@ def _others(found: list[Result]) -> list[str]:
     return ["loss", *of_sources, "samples", "device_seconds"]
 
 
-def _ranking(ranked: list[Group], found: list[Result], metric: str) -> str:
+def _histories(found: list[Result], metric: str) -> list[History]:
+    """Returns the runs that have come to an evaluation, the best first."""
+    ranked = sorted(found, key=lambda result: results.rank(result.number(metric), metric))
+    return [history.read(result.run.workdir) for result in ranked if result.progress.scores]
+
+
+def _picture(file: Path) -> Picture:
+    return Picture(html_page.data_uri("png", file.read_bytes()), pictures.CAPTIONS[file.name])
+
+
+def _ranking(ranked: list[Group], found: list[Result], metric: str) -> list[list[str]]:
     paths, scores, others = results.swept_paths(found), _scores(found, metric), _others(found)
     heading = ["", *map(short, paths), "runs", *scores, *(_heading(name) for name in others)]
     lines = []
@@ -97,7 +114,7 @@ def _ranking(ranked: list[Group], found: list[Result], metric: str) -> str:
         estimates = [_estimate(*group.estimate(name)) for name in scores]
         means = [_number(name, group.estimate(name)[0]) for name in others]
         lines.append([str(place), *values, count, *estimates, *means])
-    return markdown(heading, lines)
+    return [heading, *lines]
 
 
 def _runs(found: list[Result], metric: str) -> str:
@@ -108,7 +125,7 @@ def _runs(found: list[Result], metric: str) -> str:
          *(_number(name, result.number(name)) for name in others)]
         for result in found
     ]  # fmt: skip
-    return markdown(heading, lines)
+    return markdown([heading, *lines])
 
 
 def _constants(found: list[Result]) -> str:
@@ -121,10 +138,11 @@ def _constants(found: list[Result]) -> str:
     return f"δ1 of the best constant answer: {', '.join(texts)}."
 
 
-def markdown(heading: list[str], lines: list[list[str]]) -> str:
-    """Returns a table in Markdown; all columns but those of text are flush right."""
+def markdown(lines: list[list[str]]) -> str:
+    """Returns a table in Markdown, its first line as header; all columns but those of text are flush right."""
+    heading, *body = lines
     rule = ["---" if name in ("run", "status") else "---:" for name in heading]
-    rows = ([cell.replace("|", "\\|") for cell in row] for row in [heading, rule, *lines])
+    rows = ([cell.replace("|", "\\|") for cell in row] for row in [heading, rule, *body])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

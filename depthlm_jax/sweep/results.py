@@ -107,14 +107,15 @@ def groups(results: Sequence[Result], metric: str) -> list[Group]:
         Group(_unseeded(some[0].run.values), [one for one in some if one.progress.finished], len(some))
         for some in together.values()
     ]
-    return sorted(found, key=lambda group: _rank(group.estimate(metric)[0], metric))
+    return sorted(found, key=lambda group: rank(group.estimate(metric)[0], metric))
 
 
 def _unseeded(values: Values) -> Values:
     return {path: value for path, value in sorted(values.items()) if path not in SEEDS}
 
 
-def _rank(mean: float, metric: str) -> float:
+def rank(mean: float, metric: str) -> float:
+    """Returns the key by which scores are sorted, the best first."""
     lower = metric.partition("/")[2] in LOWER
     return math.inf if math.isnan(mean) else mean if lower else -mean
 

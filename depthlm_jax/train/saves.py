@@ -50,17 +50,20 @@ class Saves:
         """
         run = self.about | {"data": dataclasses.asdict(position), "skipped": skipped}
         self.wait()
-        if number == self.latest_step:
-            return
-        while True:
+        while self.failures or number != self.latest_step:
             self.running = True
-            self._try(lambda: self.checkpoints.save(number, state.parameters, state.optimizer, run))
+            self._try(lambda: self._start(number, state, run))
             if not surely:
                 return
             self.wait()
-            if not self.failures:
-                return
-            time.sleep(PAUSE_SECONDS)
+            if self.failures:
+                time.sleep(PAUSE_SECONDS)
+
+    def _start(self, number: int, state, run: dict) -> None:
+        if self.failures:
+            self.checkpoints.reopen()
+        if number != self.latest_step:
+            self.checkpoints.save(number, state.parameters, state.optimizer, run)
 
     def wait(self) -> None:
         """Waits for the save that is being written; raises InputError if it was one failure too many."""
@@ -76,14 +79,17 @@ class Saves:
             self.running, self.failures = False, self.failures + 1
             found = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
             log.say(f"SAVE FAILED, number {self.failures} in a row, {self.folder}: {found}")
-            self.checkpoints.reopen()
             if self.failures >= self.limit:
+                saved = checkpoint.saved_step(self.folder.parent)
                 raise InputError(
                     f"{self.folder}: {self.failures} saves in a row failed", found=found,
                     expected=f"less than faults.failed_saves={self.config.faults.failed_saves} (one, where there are "
                     "several processes)", fix="make room on the disk or mend it and start the run again: it goes on "
-                    f"from {self.latest_step and f'step {self.latest_step}' or 'its start'}",
+                    f"from {f'step {saved}' if saved else 'its start'}",
                 ) from error  # fmt: skip
 
     def close(self) -> None:
-        self.checkpoints.close()
+        """Waits for the save that is being written; after one that has failed there is nothing to wait for."""
+        self.wait()
+        if not self.failures:
+            self.checkpoints.close()

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import demo
+from depthlm_jax import config as config_module
 from depthlm_jax.config import eval_sets, sources
 from depthlm_jax.errors import InputError
 from depthlm_jax.sweep import expand, progress, report, results
@@ -51,7 +53,7 @@ def train(run: expand.Run, delta1: tuple, step: int = 100, evaluated: int | None
     folder = run.workdir / "checkpoints" / str(step) / "run"
     folder.mkdir(parents=True)
     (folder / "metadata").write_text(json.dumps({"data": {"draws": draws, "waiting": waiting}}))
-    (run.workdir / "config.json").write_text("{}")
+    config_module.save(run.config, run.workdir / "config.json")
     early = evaluation(50, "rooms", 0.01, None)
     last = step if evaluated is None else evaluated
     errors = [0.5 - one / 2 if one else None for one in delta1]  # of answers that cannot be read there are none
@@ -109,6 +111,13 @@ def test_runs_that_differ_in_seeds_are_averaged_and_ranked(tmp_path, capsys):
     assert result["ranked"][0]["mean/delta1"] == pytest.approx(0.6) and result["ranked"][2]["mean/delta1"] is None
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert "far=0.5, near=0.5" in capsys.readouterr().out
+
+    page = (tmp_path / "report.html").read_text()
+    assert "4 of 9 runs of recipe.py are finished. Ranked by mean/delta1." in page and "0.600 ± 0.248" in page
+    assert page.count('<img src="data:image/png;base64,') == 1 and "δ1, rooms" in page
+    names = re.findall(r"<summary>(.*?)</summary>", page.split("Answers: rooms")[1].split("Answers: streets")[0])
+    best = ["near=1,far=0,seed=1", "near=0.5,far=0.5,seed=2", "near=0.5,far=0.5,seed=1"]
+    assert names[:3] == best and len(names) == 5
 
     with (tmp_path / "runs.csv").open() as file:
         lines = {line["run"]: line for line in csv.DictReader(file)}

@@ -347,14 +347,44 @@ def test_data_that_disappears_ends_the_run_after_a_save(world, tmp_path):
     assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == STOP_AT - 1
 
 
-def test_a_checkpoint_folder_that_vanishes_is_made_again(world, whole, tmp_path, capsys):
+def test_a_checkpoint_folder_that_vanishes_is_made_again(world, whole, tmp_path):
     def vanish():
         (tmp_path / "checkpoints").rename(tmp_path / "gone")  # at once, also while it is written to
 
     again = result(world, tmp_path, Watched(world.batches(), STOP_AT, vanish))
     assert_same_leaves(again.leaves, whole.leaves)
-    assert "SAVE FAILED, number 1 in a row" in capsys.readouterr().out
     assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == 12
+
+
+def put_a_file_in_its_place(folder: Path) -> None:
+    folder.rename(folder.with_name("gone"))
+    folder.write_text("no folder")
+
+
+def test_saves_that_fail_are_told_and_made_when_they_can_be(world, whole, tmp_path, capsys):
+    class Mended(Watched):
+        def __next__(self):
+            if self.get_state()["step"] + 1 == 11:
+                (tmp_path / "checkpoints").unlink()
+            return super().__next__()
+
+    batches = Mended(world.batches(), STOP_AT, lambda: put_a_file_in_its_place(tmp_path / "checkpoints"))
+    again = result(world, tmp_path, batches)
+    assert_same_leaves(again.leaves, whole.leaves)
+    assert "SAVE FAILED, number 1 in a row, " in capsys.readouterr().out
+    assert checkpoint.Checkpoints(tmp_path, read_only=True).latest_step == 12
+
+
+def test_saves_that_always_fail_end_the_run(world, whole, tmp_path):
+    spoiled = Watched(world.batches(), STOP_AT, lambda: put_a_file_in_its_place(tmp_path / "checkpoints"))
+    with pytest.raises(InputError, match="checkpoints: 3 saves in a row failed") as error:
+        world.train(tmp_path, spoiled)
+    assert "make room on the disk" in str(error.value)
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "gone").rename(tmp_path / "checkpoints")
+    again = result(world, tmp_path, Watched(world.batches()))
+    assert again.record_ids == whole.record_ids[4:]
+    assert_same_leaves(again.leaves, whole.leaves)
 
 
 def test_sigterm_saves_and_ends_in_order_and_the_next_start_goes_on(world, whole, tmp_path, capsys):
