@@ -1,7 +1,9 @@
 """The command line: python -m depthlm_jax <command> --config=… --workdir=…"""
 
 import importlib
+import os
 import sys
+import traceback
 
 COMMANDS = {
     "train": "fine-tune on a mesh, from a Hugging Face folder or from random weights; continues by itself",
@@ -31,5 +33,17 @@ def main(arguments: list[str]) -> int:
     return importlib.import_module("depthlm_jax.cli.command").run(name, COMMANDS[name], arguments[1:])
 
 
+def leave(status: int) -> None:
+    """Ends the program; after an error at once: threads, and JAX for other processes, may wait for what never comes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        leave(main(sys.argv[1:]))
+    except Exception:  # noqa: BLE001 is shown as Python would, which then would wait
+        traceback.print_exc()
+        leave(1)

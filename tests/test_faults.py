@@ -224,6 +224,21 @@ def test_a_disk_that_takes_nothing_is_told_and_the_run_goes_on_when_it_does(scen
         assert_same(job, calm(ALONE))
 
 
+def test_saves_that_always_fail_end_the_run_at_once_and_the_next_start_goes_on(scenes, tmp_path, calm):
+    job = Job(tmp_path, scenes, CHANGES)
+    (process,) = job.start(ALONE)
+    job.await_steps(15, [process])
+    folder = job.workdir / "checkpoints"
+    folder.rename(folder.with_name("gone"))
+    folder.write_text("a file where the checkpoints were")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "checkpoints: 3 saves in a row failed" in output, output[-3000:]
+    folder.unlink()
+    folder.with_name("gone").rename(folder)
+    finish(job.start(ALONE))
+    assert_same(job, calm(ALONE))
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_several_processes_and_the_next_start_goes_on(scenes, tmp_path, calm):
     with small_disk(tmp_path / "disk"):

@@ -204,7 +204,7 @@ def test_runs_are_compared(run, other):
     found = shown(run, other)
     text = found.text
     assert text.count("2 runs compared") == 2 and "δ1, cars" in text
-    assert "run optim.learning_rate full 0.01 other 0.02" in text
+    assert "optim.learning_rate full 0.01 other 0.02" in text
     assert "full 320 of 400" in text and "other 160 of 400" in text
     losses = [label for label in found.labels if label.startswith("Loss, nats")]
     assert len(losses) == 1 and "full: " in losses[0] and "other: " in losses[0]
@@ -217,7 +217,7 @@ def test_many_runs_stand_below_each_other_and_the_first_are_drawn(run, other):
     runs = [dataclasses.replace(pair[number % 2], workdir=Path(f"run-{number}")) for number in range(30)]
     text = Reader(page.compare(runs, "all", [Text("the best ones first")])).text
     assert "the best ones first" in text and "The first 24 of 30 runs." in text and "run-24" not in text
-    assert "run optim.learning_rate run-0 0.01 run-1 0.02 run-2 0.01" in text
+    assert "optim.learning_rate run-0 0.01 run-1 0.02 run-2 0.01" in text
 
 
 READ = """

@@ -1,9 +1,6 @@
 """train: fine-tune, continuing where the workdir stopped."""
 
-import atexit
 import json
-import os
-import sys
 import time
 from pathlib import Path
 
@@ -51,8 +48,8 @@ def run(values: flags.FlagValues) -> dict:
         disconnect(workdir, config.faults.start_seconds)
         return result
     except Exception:
-        if jax.process_count() > 1:
-            atexit.register(leave)  # is called before what JAX has registered, after the error was told
+        if jax.process_count() > 1 and jax.process_index() == 0:  # without it, JAX aborts the others,
+            time.sleep(GRACE_SECONDS)  # which may be about to tell of the same error
         raise
     finally:
         watch.close()
@@ -157,15 +154,6 @@ def disconnect(workdir: Path, seconds: int) -> None:
     watch.waits_for("the other processes to end")
     jax.distributed.shutdown()
     watch.close()
-
-
-def leave() -> None:
-    """Ends this process after an error; JAX's own end would wait for the others, which may wait for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.process_index() == 0:  # without it, JAX aborts the others: they may be about to tell of the same error
-        time.sleep(GRACE_SECONDS)
-    os._exit(1)
 
 
 def _open_in_turn(config: config_module.Config) -> dict[str, Records]:

@@ -119,7 +119,7 @@ td { vertical-align: top; } td:first-child { min-width: 6.5rem; } td.has-bar { m
 .stack { display: flex; height: 1.7rem; border-radius: .35rem; overflow: hidden; gap: 1px; margin: .4rem 0; }
 .stack i { background: var(--c); min-width: 1px; } .swatch { display: inline-block; width: .75rem; height: .75rem;
   border-radius: .15rem; background: var(--c); margin-right: .35rem; vertical-align: -.06rem; }
-.wide img { display: block; width: 100%; min-width: 44rem; max-width: 88rem; } details { margin: .6rem 0; }
+.wide img { display: block; min-width: 44rem; max-width: 100%; } details { margin: .6rem 0; }
 """
 )
 KEY = """<span class="key"><svg viewBox="0 0 24 10" class="{{ color }}" aria-hidden="true"><path

@@ -245,11 +245,12 @@ def _differences(runs: list[History], names: list[str]) -> Section:
     flat = [config_module.flatten(run.config) for run in runs]
     paths = sorted({path for one in flat for path in one})
     differ = [path for path in paths if any(one.get(path) != flat[0].get(path) for one in flat)]
-    lines = [["field", *names], *([path, *(str(one.get(path, "–")) for one in flat)] for path in differ)]
-    if len(names) > len(differ):
+    lines = [["", *names], *([path, *(str(one.get(path, "–")) for one in flat)] for path in differ)]
+    wide = len(names) > len(differ)
+    if wide:
         lines = [list(line) for line in zip(*lines, strict=True)]  # a run in each
-        lines[0][0] = "run"
-    return Section("Config", [Table("Fields that differ", lines, words=True) if differ else Text("No field differs.")])
+    found = Table("Fields that differ", lines, words=not wide) if differ else Text("No field differs.")
+    return Section("Config", [found])
 
 
 def _compared_scores(runs: list[History], names: list[str]) -> Section:

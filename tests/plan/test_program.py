@@ -46,7 +46,7 @@ def small(family: str, **mesh: int) -> config_module.Config:
     return config_module.parse(recipe)
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", pytest.param("pixtral", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(family, marks=pytest.mark.slow) for family in RECIPES])
 def plan(request) -> program.Program:
     return program.compile_step(small(request.param, tensor=2), topology.find("v5e-16"))
 
