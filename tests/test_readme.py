@@ -37,7 +37,7 @@ EXTRA = {  # what a test adds to a command so that it ends soon; the command its
     "--config.model.hf_config.intermediate_size=512 --config.model.hf_config.num_attention_heads=2 "
     "--config.model.hf_config.vision_config.depth=1 --config.model.hf_config.vision_config.hidden_size=128 "
     "--config.model.hf_config.vision_config.num_heads=2 --config.model.hf_config.vision_config.out_hidden_size=256 "
-    "--config.data.global_batch_rows=16 --config.data.max_tokens=512 --config.data.max_patches=1024 "
+    "--config.data.max_tokens=512 --config.data.max_patches=1024 "
     "--config.data.geometry.crop_width=(150,250) --config.data.geometry.crop_height=(150,250)",
     "train ibims1": "--config.train.max_steps=4 --config.data.max_tokens=700 --config.data.global_batch_rows=8",
 }
