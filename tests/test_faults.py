@@ -196,6 +196,9 @@ def spoil(job: Job, fault: str) -> Callable[[], None]:
     return filler.unlink
 
 
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk, or make a folder read-only")
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
     folder.mkdir()
@@ -209,6 +212,7 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@AS_ROOT
 @pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_disk_that_takes_nothing_is_told_and_the_run_goes_on_when_it_does(scenes, tmp_path, calm, fault):
     with small_disk(tmp_path / "disk") if fault == "full" else contextlib.nullcontext():
@@ -240,6 +244,7 @@ def test_saves_that_always_fail_end_the_run_at_once_and_the_next_start_goes_on(s
 
 
 @pytest.mark.slow
+@AS_ROOT
 def test_a_full_disk_ends_several_processes_and_the_next_start_goes_on(scenes, tmp_path, calm):
     with small_disk(tmp_path / "disk"):
         job = Job(tmp_path, scenes, CHANGES | {"train.max_steps": 2 * STEPS})
@@ -249,9 +254,8 @@ def test_a_full_disk_ends_several_processes_and_the_next_start_goes_on(scenes, t
         mend, began = spoil(job, "full"), time.monotonic()
         outputs = [process.communicate(timeout=600)[0] for process in processes]
         seconds, statuses = time.monotonic() - began, [process.returncode for process in processes]
-        assert all(statuses) and seconds < 120, (statuses, seconds)
+        assert statuses == [1, 1] and seconds < 60, (statuses, seconds)
         assert any("error: " in output and "1 saves in a row failed" in output for output in outputs), outputs
-        print(seconds, statuses)
         mend()
         finish(job.start(TWO))
         assert_same(job, calm(TWO, job.changes))

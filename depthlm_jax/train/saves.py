@@ -60,7 +60,7 @@ class Saves:
                 time.sleep(PAUSE_SECONDS)
 
     def _start(self, number: int, state, run: dict) -> None:
-        if self.failures:
+        if self.failures:  # what the last one has left, on the disk and in Orbax, would be in the way
             self.checkpoints.reopen()
         if number != self.latest_step:
             self.checkpoints.save(number, state.parameters, state.optimizer, run)
