@@ -244,9 +244,9 @@ def test_bench_train_runs_and_both_compute_the_same_loss(capsys, tiny_bench):
 
 
 def test_another_loss_than_the_peers_is_an_error():
-    train.check_same_loss({"ours": 2.0, "peer": 2.0001}, "float32")
+    train.check_same_loss({"ours": {"loss": 2.0}, "peer": {"loss": 2.0001}}, "float32")
     with pytest.raises(InputError, match="the peer computes something else(.|\n)*2.000000 and 2.010000"):
-        train.check_same_loss({"ours": 2.0, "peer": 2.01}, "float32")
+        train.check_same_loss({"ours": {"loss": 2.0}, "peer": {"loss": 2.01}}, "float32")
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def our_answers(processor, prompts: list[batch_contract.Sample], weights: Path):
     sizes = packing.size_of(prompts[0])
     shape = batch_contract.RowShape(*(int(size) for size in sizes), processor.config.channels)
     batch = packing.stack([packing.pack([p], shape, processor.config.patches_per_merged) for p in prompts])
-    config, device = train.settings("float32"), jax.local_devices()[:1]
+    config, device = train.tiny_settings(), jax.local_devices()[:1]
     mesh = sharding.make_mesh(config.mesh, device, rows=len(prompts), heads=processor.config.heads)
     network = registry.build("qwen2_5_vl", processor.config, runs.execution(config, mesh))
     parameters = runs.import_parameters(network, weights, mesh)

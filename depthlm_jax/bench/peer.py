@@ -1,9 +1,11 @@
 """The peer of `bench train` and `bench decode`: transformers on PyTorch, used as its documentation does."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from depthlm_jax.batch import Sample
@@ -28,6 +30,20 @@ def torch_and_transformers() -> tuple:
     return torch, transformers, Qwen2VLImageProcessorPil
 
 
+def versions() -> dict[str, str]:
+    """Returns those of both lanes' packages."""
+    torch, transformers, _ = torch_and_transformers()
+    return {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def free_memory() -> None:
+    """Gives back what PyTorch keeps of a GPU's memory."""
+    torch, _, _ = torch_and_transformers()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class Step:
     """Called, it takes a step, waits for it and returns the loss."""
 
@@ -46,7 +62,10 @@ def make_model(folder: Path):
     torch, transformers, _ = torch_and_transformers()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = transformers.Qwen2_5_VLConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    with torch.device(device):  # 3B random numbers
+        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(
+            config, attn_implementation="sdpa", dtype=torch.float32
+        )
     model.save_pretrained(folder / WEIGHTS)
     return torch, model.to(device), device
 

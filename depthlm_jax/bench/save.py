@@ -28,7 +28,7 @@ def measure(repeats: int) -> dict:
         folder = Path(scratch)
         processor = train.write_folder(train.TINY, train.SHAPES["DepthLM"], folder / "base")
         samples = train.draw(processor, 1, CELLS)
-        config = train.settings("float32")
+        config = train.tiny_settings()
         mesh = sharding.make_mesh(config.mesh, jax.local_devices()[:1], rows=1, heads=processor.config.heads)
         network = registry.build("qwen2_5_vl", processor.config, runs.execution(config, mesh))
         trainer = loop.make_trainer(network, config, mesh)

@@ -5,8 +5,9 @@ to one of whole images, one question with its answer, a vocabulary of 151,936. W
 `proportion` has instead a vocabulary with about the share of operations that it has in the 3B.
 
 The peer is what one writes with transformers: samples padded to the longest one, SDPA, logits and loss by the model,
-AdamW and clipping by PyTorch; with an accelerator, bfloat16 with float32 master weights and gradient checkpointing.
-Ours is the step that `train` runs, rows packed. Both include moving the batch to the device, neither making it.
+AdamW and clipping by PyTorch; on a GPU, bfloat16 with float32 master weights and gradient checkpointing. Ours is the
+step that `train` runs, rows packed. Both include moving the batch to the device, neither making it. They take turns; on
+a GPU, which holds one state of the 3B, one runs after the other.
 
 The floor is the useful operations at the speed of the device's own matrix product. Half of ours was predicted to stay
 above it on a processor: softmax and norms are bound by memory there.
@@ -15,6 +16,7 @@ above it on a processor: softmax and norms are bound by memory there.
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from depthlm_jax import batch as batch_contract
-from depthlm_jax import chips, files, sharding
+from depthlm_jax import chips, files, parameter_groups, sharding
 from depthlm_jax import config as config_module
 from depthlm_jax import run as runs
 from depthlm_jax.bench import peer
@@ -63,52 +65,74 @@ class Samples:
     make_seconds: float  # from pixels to rows, on one core
 
 
-def measure(hf_config: dict, vocabulary: int, count: int, repeats: int, dtype: str) -> dict:
+def measure(hf_config: dict, vocabulary: int, config: config_module.Config, count: int, repeats: int) -> dict:
     """Returns samples and tokens a second of both, their ratio, memory and useful operations.
 
     Args:
       hf_config: content of config.json.
       vocabulary: rows of the embedding.
+      config: of our step; see `settings`.
       count: samples of a batch.
-      repeats: timed steps of each, which take turns; medians count.
-      dtype: of the computation.
+      repeats: timed steps of each; medians count.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # before JAX is asked for devices: PyTorch is first
+    dtype = config.model.compute_dtype
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         processor = write_folder(hf_config, vocabulary, folder)
         samples = draw(processor, count)
-        theirs = peer.training_step(folder, samples.images, samples.encoded, processor.config.image_token_id, dtype)
-        ours = our_step(processor, samples, folder / peer.WEIGHTS, dtype)
-        lanes: dict[str, Callable[[], float]] = {"ours": ours, "peer": theirs}
-        check_same_loss({lane: run_step() for lane, run_step in lanes.items()}, dtype)  # compiles, or fills caches
-        seconds: dict[str, list[float]] = {lane: [] for lane in lanes}
-        for _ in range(repeats):
-            for lane, run_step in lanes.items():
-                gc.collect()
-                start = time.perf_counter()
-                run_step()
-                seconds[lane].append(time.perf_counter() - start)
-    median = {lane: statistics.median(taken) for lane, taken in seconds.items()}
-    useful, tokens = ours.useful, samples.counts["tokens"]
+        image_token, weights = processor.config.image_token_id, folder / peer.WEIGHTS
+        lanes = {
+            "peer": lambda: peer.training_step(folder, samples.images, samples.encoded, image_token, dtype),
+            "ours": lambda: our_step(processor, samples, weights, config),  # the peer has written them
+        }
+        together = jax.local_devices()[0].platform == "cpu"
+        found = {}
+        for group in [lanes] if together else [{name: lanes[name]} for name in lanes]:
+            found |= time_steps(group, repeats)
+            peer.free_memory()
+    check_same_loss(found, dtype)
+    median = {lane: statistics.median(taken["seconds"]) for lane, taken in found.items()}
+    useful, tokens = useful_operations(processor, samples, config), samples.counts["tokens"]
     peak, of_what = peak_flops(dtype)
     rates = {
         lane: {
             "samples_s": count / taken, "tokens_s": tokens / taken, "mfu": useful / taken / peak,
-            "seconds": seconds[lane],
+            "seconds": found[lane]["seconds"],
         }
         for lane, taken in median.items()
     }  # fmt: skip
     shape = samples.batch["tokens_BT"].shape, samples.batch["image_id_BP"].shape
     return {
         "ratio": median["peer"] / median["ours"], "peer": PEER, "samples": count, "tokens": tokens,
+        "device": jax.local_devices()[0].device_kind, "versions": peer.versions(),
         "useful_tflop": useful / chips.TERA, "peak_tflops": peak / chips.TERA, "peak_of": of_what, **rates,
         "filled_tokens": tokens / np.prod(shape[0]), "filled_patches": samples.counts["patches"] / np.prod(shape[1]),
         "peer_filled_tokens": tokens / (count * max(len(sample.tokens_T) for sample in samples.encoded)),
         "make_seconds": samples.make_seconds,
         # of the time, if one core makes the rows of the next step while this one is computed
         "data_wait": max(0.0, 1 - median["ours"] / samples.make_seconds),
-        "ours_peak_gb": ours.peak_gb(), "peer_peak_gb": theirs.peak_gb(), "compile_seconds": ours.compile_seconds,
+        "ours_peak_gb": found["ours"]["peak_gb"], "peer_peak_gb": found["peer"]["peak_gb"],
+        "compile_seconds": found["ours"]["first_seconds"],
     }  # fmt: skip
+
+
+def time_steps(lanes: dict[str, Callable], repeats: int) -> dict[str, dict]:
+    """Returns each lane's first loss and its time, the times of `repeats` steps more, in turns, and its memory."""
+    steps, found = {lane: make() for lane, make in lanes.items()}, {}
+    for lane, run_step in steps.items():
+        start = time.perf_counter()
+        loss = run_step()  # compiles, or fills caches
+        found[lane] = {"loss": loss, "first_seconds": time.perf_counter() - start, "seconds": []}
+    for _ in range(repeats):
+        for lane, run_step in steps.items():
+            gc.collect()
+            start = time.perf_counter()
+            run_step()
+            found[lane]["seconds"].append(time.perf_counter() - start)
+    for lane, run_step in steps.items():
+        found[lane]["peak_gb"] = run_step.peak_gb()
+    return found
 
 
 def write_folder(hf_config: dict, vocabulary: int, folder: Path):
@@ -144,23 +168,18 @@ class OurStep:
     """Called, it takes a step, waits for it and returns the loss."""
 
     run: Callable[[], float]
-    useful: float
-    compile_seconds: float = 0.0  # and the first step
 
     def __call__(self) -> float:
-        start = time.perf_counter()
-        loss = self.run()
-        self.compile_seconds = self.compile_seconds or time.perf_counter() - start
-        return loss
+        return self.run()
 
     def peak_gb(self) -> float | None:
         stats = jax.local_devices()[0].memory_stats()
         return stats["peak_bytes_in_use"] / 1e9 if stats and "peak_bytes_in_use" in stats else None
 
 
-def our_step(processor, samples: Samples, weights: Path, dtype: str) -> OurStep:
-    """Returns the step of `train` with the recipes' settings, on one device, from the peer's weights."""
-    config, device = settings(dtype), jax.local_devices()[:1]
+def our_step(processor, samples: Samples, weights: Path, config: config_module.Config) -> OurStep:
+    """Returns the step of `train`, on one device, from the peer's weights."""
+    device = jax.local_devices()[:1]
     mesh = sharding.make_mesh(config.mesh, device, rows=1, heads=processor.config.heads)
     network = registry.build("qwen2_5_vl", processor.config, runs.execution(config, mesh))
     trainer = loop.make_trainer(network, config, mesh)
@@ -172,12 +191,19 @@ def our_step(processor, samples: Samples, weights: Path, dtype: str) -> OurStep:
         jax.block_until_ready(state)
         return float(metrics["loss"])
 
-    return OurStep(run, flops.of_work(samples.counts, trainer.operations))
+    return OurStep(run)
 
 
-def check_same_loss(losses: dict[str, float], dtype: str) -> None:
+def useful_operations(processor, samples: Samples, config: config_module.Config) -> float:
+    """Returns the floating-point operations of a step on these samples."""
+    network = registry.build("qwen2_5_vl", processor.config)
+    factors = parameter_groups.factors(network.shapes, config.optim.groups, network.lora_paths)
+    return flops.of_work(samples.counts, network.operations(factors))
+
+
+def check_same_loss(found: dict[str, dict], dtype: str) -> None:
     """Raises InputError unless both compute the same: the loss of the first step, from the same weights."""
-    ours, theirs = losses["ours"], losses["peer"]
+    ours, theirs = found["ours"]["loss"], found["peer"]["loss"]
     if abs(ours - theirs) > SAME_LOSS[dtype] * theirs:
         raise InputError(
             "bench train: the peer computes something else", found=f"losses {ours:.6f} and {theirs:.6f}",
@@ -185,12 +211,23 @@ def check_same_loss(losses: dict[str, float], dtype: str) -> None:
         )  # fmt: skip
 
 
-def settings(dtype: str) -> config_module.Config:
+def settings(config: config_module.Config) -> config_module.Config:
+    """Returns the config for one row on one device."""
+    data, train = config.data, config.train
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, global_batch_rows=1),
+        train=dataclasses.replace(train, gradient_accumulation_steps=1),
+        mesh=config_module.Mesh(1, 1, 1, 1),
+    )
+
+
+def tiny_settings() -> config_module.Config:
+    """Returns those of TINY: float32, and on a processor memory is no concern."""
     default = config_module.Config()
-    alone = jax.local_devices()[0].platform == "cpu"
-    model = dataclasses.replace(default.model, compute_dtype=dtype, remat="dots" if alone else "full")
-    data = dataclasses.replace(default.data, global_batch_rows=1)
-    return dataclasses.replace(default, model=model, data=data, mesh=config_module.Mesh(1, 1, 1, 1))
+    return settings(
+        dataclasses.replace(default, model=dataclasses.replace(default.model, compute_dtype="float32", remat="dots"))
+    )
 
 
 def peak_flops(dtype: str) -> tuple[float, str]:

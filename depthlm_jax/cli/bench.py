@@ -73,14 +73,14 @@ def _convert(values: flags.FlagValues) -> dict:
 
 
 def _train(values: flags.FlagValues) -> dict:
-    shapes = {"recipe": None} if values.config else train.SHAPES
-    found, dtype = {}, "bfloat16" if values.config else "float32"
-    for name, vocabulary in shapes.items():
-        hf_config = train.TINY
-        if values.config:
-            hf_config = config_module.parse(values.config).model.hf_config
-            vocabulary = hf_config["vocab_size"]
-        found[name] = train.measure(hf_config, vocabulary, values.samples, values.repeats, dtype)
+    found = {}
+    if values.config:
+        config = train.settings(config_module.parse(values.config))
+        sizes = config.model.hf_config
+        found["recipe"] = train.measure(sizes, sizes["vocab_size"], config, values.samples, values.repeats)
+    else:
+        for name, vocabulary in train.SHAPES.items():
+            found[name] = train.measure(train.TINY, vocabulary, train.tiny_settings(), values.samples, values.repeats)
     for name, one in found.items():
         rows = [
             (text, {"samples/s": one[lane]["samples_s"], "tokens/s": one[lane]["tokens_s"], "of peak": one[lane]["mfu"],
