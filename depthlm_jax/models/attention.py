@@ -3,7 +3,7 @@
 name    runs on          keeps
 xla     everything       a block of queries × keys for each head
 splash  TPU              blocks on the chip
-cudnn   NVIDIA GPU       a chunk of queries × T, the mask; bfloat16
+cudnn   NVIDIA GPU       blocks on the chip; bfloat16
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from depthlm_jax.errors import InputError
-from depthlm_jax.models import blockwise
+from depthlm_jax.models import blockwise, cudnn
 
 SHORT = 256  # tokens of a row: up to it the mask of the whole row is no concern
 MAX_QUERIES, MIN_QUERIES = 1024, 128  # of a chunk: below the one memory is no concern, below the other speed is
@@ -189,7 +189,7 @@ def block_of(length: int) -> tuple[int, int]:
 
 
 def _make_cudnn(branches: int, devices: Sequence, per_device: PerDevice, interpret: bool) -> Attend:
-    """cuDNN takes packing as a mask only, so it gets a chunk of queries at a time."""
+    """Older GPUs, and rows with branches, get packing as a mask, so a chunk of queries at a time."""
     if devices[0].platform != "gpu" or not _capability(devices[0]):
         raise InputError(
             "model.attention=cudnn is a kernel for NVIDIA GPUs", found=_name(devices), expected="NVIDIA GPUs", fix=FIX
@@ -205,7 +205,11 @@ def _make_cudnn(branches: int, devices: Sequence, per_device: PerDevice, interpr
         mask_B1QT = mask_BQT[:, None]
         return jax.nn.dot_product_attention(q_BQNK, k_BTNK, v_BTNK, mask=mask_B1QT, implementation="cudnn")
 
+    by_samples = cudnn.dot_product_attention is not None and _capability(devices[0]) >= cudnn.CAPABILITY
+
     def attend_part(q_BTNK, k_BTNK, v_BTNK, among: Among) -> jax.Array:
+        if by_samples and (not branches or among.branch_BT is None):
+            return cudnn.attend(q_BTNK, k_BTNK, v_BTNK, among.ids_BT, among.causal)
         padded = _round_up(q_BTNK.shape[1], LANES)
         longer = _lengthen(padded, q_BTNK, k_BTNK, v_BTNK, among)
         chunk = query_chunk(padded, unit=2)  # cuDNN differentiates even lengths only
