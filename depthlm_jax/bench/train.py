@@ -10,7 +10,8 @@ step that `train` runs, rows packed. Both include moving the batch to the device
 a GPU, which holds one state of the 3B, one runs after the other.
 
 The floor is the useful operations at the speed of the device's own matrix product. Half of ours was predicted to stay
-above it on a processor: softmax and norms are bound by memory there.
+above it on a processor: softmax and norms are bound by memory there. On an H200 the floor of three samples of the 3B
+is 181 ms (142.6 TFLOP at the 790 TFLOP/s that a product reaches); ours took 522.
 """
 
 import dataclasses
