@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import slurm
-from launching import Job, Start, finish, write_recipe
+from launching import Job, Start, finish, with_devices, write_recipe
 
 from depthlm_jax.config import Mesh
 
@@ -17,9 +17,7 @@ CHANGES = {"train.max_steps": STEPS, "train.save_steps": 15, "optim.adam_eps": 1
 TWO = Start(2, 1, Mesh(data=2, fsdp=1, tensor=1))
 ALONE = Start(1, 1, Mesh(1, 1, 1))
 SCRIPT = "launch/slurm.sbatch"
-ENVIRONMENT = {
-    "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-}  # fmt: skip
+ENVIRONMENT = {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(1)}  # as the calm run has
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())]
 
