@@ -3,7 +3,7 @@
 name    runs on          keeps
 xla     everything       a block of queries × keys for each head
 splash  TPU              blocks on the chip
-cudnn   NVIDIA GPU       blocks on the chip; bfloat16
+cudnn   NVIDIA GPU       blocks on the chip; before Hopper a chunk of queries × T, the mask; bfloat16
 """
 
 import dataclasses
@@ -189,7 +189,7 @@ def block_of(length: int) -> tuple[int, int]:
 
 
 def _make_cudnn(branches: int, devices: Sequence, per_device: PerDevice, interpret: bool) -> Attend:
-    """Older GPUs, and rows with branches, get packing as a mask, so a chunk of queries at a time."""
+    """From Hopper on each sample by itself; older GPUs, and rows with branches, get a mask, a chunk at a time."""
     if devices[0].platform != "gpu" or not _capability(devices[0]):
         raise InputError(
             "model.attention=cudnn is a kernel for NVIDIA GPUs", found=_name(devices), expected="NVIDIA GPUs", fix=FIX
